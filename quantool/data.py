@@ -1,0 +1,205 @@
+"""Text -> token windows [num_samples, seq_len].
+
+A dataset is `builtin` (text that every Python carries, so nothing needs the network), a text, jsonl or parquet
+file, or the name of a hub dataset. Documents are joined by a blank line, tokenized once, and cut into windows
+that do not overlap. Only as much text is read as the windows asked for need.
+"""
+
+import ast
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from quantool.errors import QuantoolError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+Progress = Callable[[int, int, str], None]
+"""Called as progress(done, total, label) while a stage works."""
+
+DEFAULT_SEQ_LEN = 2048
+CHARS_PER_TOKEN = 8  # of text read per token asked for: twice what is usual, so that one read is nearly always enough
+JOIN = "\n\n"
+# Of the standard library: what is installed beside it, and text about tests.
+NOT_DOCUMENTATION = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"})
+
+
+@dataclass(frozen=True, slots=True)
+class TextOptions:
+    """Which text, and how much of it. `seed` 0 takes the first windows in order, any other draws them at random."""
+
+    dataset: str = "builtin"
+    split: str = "train"
+    text_column: str = "text"
+    num_samples: int | None = 128  # None: all there are
+    seq_len: int | None = None  # None: 2048, or the model's own limit when that is smaller
+    seed: int = 0
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that is used here."""
+
+    def __call__(self, text: str, *, verbose: bool) -> Any: ...
+
+
+def no_progress(done: int, total: int, label: str) -> None:
+    """Progress for a caller that does not watch."""
+
+
+def resolve_seq_len(options: TextOptions, max_positions: int | None) -> int:
+    """The window length in tokens: as asked, or 2048 capped by what the model was built for."""
+    if options.seq_len is not None:
+        return options.seq_len
+    return min(DEFAULT_SEQ_LEN, max_positions or DEFAULT_SEQ_LEN)
+
+
+def token_windows(options: TextOptions, tokenizer: Tokenizer, seq_len: int) -> "torch.Tensor":
+    """Token ids int64 [num_samples, seq_len].
+
+    Raises QuantoolError when the text holds fewer windows than asked for: never silently fewer.
+    """
+    import torch
+
+    ids = torch.tensor(_token_ids(options, tokenizer, seq_len), dtype=torch.int64)
+    available = len(ids) // seq_len
+    wanted = available if options.num_samples is None else options.num_samples
+    if wanted > available or not available:
+        raise QuantoolError(
+            f"dataset '{options.dataset}' ({options.split}): {wanted or 1} windows of {seq_len} tokens asked for, "
+            f"the text has {available} ({len(ids)} tokens)",
+            hint=f"use --num-samples {available}" if available else f"use --seq-len {max(len(ids), 2)} or a longer text",
+        )
+    windows = ids[: available * seq_len].view(available, seq_len)
+    if options.seed:
+        generator = torch.Generator().manual_seed(options.seed)
+        windows = windows[torch.randperm(available, generator=generator)]
+    return windows[:wanted].clone()
+
+
+def _token_ids(options: TextOptions, tokenizer: Tokenizer, seq_len: int) -> list[int]:
+    """Ids of the whole text, or of as long a beginning of it as the first `num_samples` windows need."""
+    in_order = options.num_samples is not None and not options.seed
+    needed = (options.num_samples or 0) * seq_len
+    documents = documents_of(options)
+    parts: list[str] = []
+    limit = needed * CHARS_PER_TOKEN if in_order else None
+    while True:
+        complete = _read(documents, parts, limit)
+        # The last tokens before a cut are not those of the longer text: never use them.
+        ids: list[int] = tokenizer(JOIN.join(parts), verbose=False)["input_ids"]
+        if complete or len(ids) > needed + 64:
+            return ids
+        limit = (limit or 1) * 2
+
+
+def _read(documents: Iterator[str], parts: list[str], limit: int | None) -> bool:
+    """Append documents to `parts` up to `limit` characters in all; True when there are no more."""
+    size = sum(map(len, parts))
+    for document in documents:
+        parts.append(document)
+        size += len(document)
+        if limit is not None and size >= limit:
+            return False
+    return True
+
+
+def documents_of(options: TextOptions) -> Iterator[str]:
+    """The documents of a dataset, in order; nothing is read before the first is asked for."""
+    if options.dataset == "builtin":
+        return builtin_documents(options.split)
+    path = Path(options.dataset)
+    if path.is_file():
+        return _file_documents(path, options)
+    if path.exists() or path.suffix or options.dataset.count("/") > 1:
+        raise QuantoolError(
+            f"dataset '{options.dataset}': no such file",
+            hint="use a text, jsonl or parquet file, a hub dataset name, or --dataset builtin",
+        )
+    return _hub_documents(options)
+
+
+def _file_documents(path: Path, options: TextOptions) -> Iterator[str]:
+    if path.suffix in (".jsonl", ".json", ".parquet"):
+        kind = "parquet" if path.suffix == ".parquet" else "json"
+        return _column(_load_dataset(kind, options, data_files=str(path), split="train"), options)
+    return _text_file(path)
+
+
+def _text_file(path: Path) -> Iterator[str]:
+    try:
+        yield path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise QuantoolError(f"{path}: cannot be read: {error.strerror}", hint="check the file's permissions") from error
+
+
+def _hub_documents(options: TextOptions) -> Iterator[str]:
+    return _column(_load_dataset(options.dataset, options, data_files=None, split=options.split), options)
+
+
+def _load_dataset(name: str, options: TextOptions, *, data_files: str | None, split: str) -> Iterable[dict[str, Any]]:
+    import datasets
+
+    try:
+        rows: Iterable[dict[str, Any]] = datasets.load_dataset(name, data_files=data_files, split=split, streaming=True)
+    except Exception as error:  # the library raises many classes for a missing, private or offline dataset
+        raise QuantoolError(
+            f"dataset '{options.dataset}' ({split}) cannot be opened: {_first_line(error)}",
+            hint="use a local text, jsonl or parquet file, or --dataset builtin",
+        ) from error
+    return rows
+
+
+def _column(rows: Iterable[dict[str, Any]], options: TextOptions) -> Iterator[str]:
+    try:
+        for row in rows:
+            if options.text_column not in row:
+                raise UsageError(
+                    f"dataset '{options.dataset}': no column '{options.text_column}', it has {', '.join(sorted(row))}",
+                    hint=f"use --text-column {sorted(row)[0]}" if row else None,
+                )
+            yield str(row[options.text_column])
+    except QuantoolError:
+        raise
+    except Exception as error:  # a damaged file surfaces as one of many classes of pyarrow and datasets
+        raise QuantoolError(
+            f"dataset '{options.dataset}' cannot be read: {_first_line(error)}", hint="check the file"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def builtin_documents(split: str) -> Iterator[str]:
+    """The interpreter's own documentation: every fourth document is test, the rest train. Same Python, same text."""
+    if split not in ("train", "test"):
+        raise UsageError(f"dataset 'builtin' has no split '{split}', it has train and test", hint="use --split test")
+    for i, document in enumerate(_documentation()):
+        if (i % 4 == 3) == (split == "test"):
+            yield document
+
+
+def _documentation() -> Iterator[str]:
+    from pydoc_data.topics import topics
+
+    for name in sorted(topics):
+        yield topics[name]
+    library = Path(sysconfig.get_path("stdlib"))
+    for source in sorted(library.rglob("*.py")):
+        if NOT_DOCUMENTATION.isdisjoint(source.relative_to(library).parts) and (text := JOIN.join(_docstrings(source))):
+            yield text
+
+
+def _docstrings(source: Path) -> Iterator[str]:
+    try:
+        tree = ast.parse(source.read_bytes())
+    except (SyntaxError, ValueError, OSError):
+        return
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(tree):
+        if isinstance(node, kinds) and (text := ast.get_docstring(node)) and len(text) > 60:
+            yield text
+

@@ -1,0 +1,28 @@
+"""Errors shown to the user: one line that says what is wrong, one line that says what to do about it.
+
+The class is the exit code: 1 the work failed, 2 the command line or recipe is wrong, 3 a requested check
+did not hold. `cli.py` is the only place that prints them; nothing below it ends the process.
+"""
+
+
+class QuantoolError(Exception):
+    """An expected failure: `message` names file, tensor, expected and found; `hint` can be pasted."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(QuantoolError):
+    """The command line or the recipe is wrong."""
+
+    exit_code = 2
+
+
+class CheckFailed(QuantoolError):
+    """A check the user asked for did not hold (`--max-ppl`, `--max-kld`, `--verify`)."""
+
+    exit_code = 3

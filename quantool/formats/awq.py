@@ -1,0 +1,183 @@
+"""AutoAWQ's GEMM layout: 4-bit asymmetric weights, transposed, eight output channels to a word.
+
+W [N, K] of a linear X becomes, with G = K / group_size groups:
+
+    X.qweight  int32    [K, N / 8]      X.qzeros  int32    [G, N / 8]      X.scales  float16  [G, N]
+
+    bits of word j   31..28 27..24 23..20 19..16 15..12 11..8  7..4   3..0
+    output channel    8j+7   8j+5   8j+3   8j+1   8j+6   8j+4   8j+2   8j
+
+so the codes 0, 1, ..., 7 are the word 0x75316420. Zeros are stored as they are: W = scales * (codes - zeros).
+A symmetric weight is written with every zero at 8. Layout: AutoAWQ, awq/modules/linear/gemm.py.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from quantool.errors import QuantoolError
+from quantool.formats.shared import EXPORT_AGAIN, FLOAT_CHECKPOINT, FLOATS, expect, expect_matrix, transposed
+from quantool.io import TensorInfo
+from quantool.quant import QuantizedTensor
+from quantool.scheme import PER_CHANNEL, QuantScheme
+
+NAME = "awq"
+SUFFIXES: tuple[str, ...] = ("qweight", "qzeros", "scales")
+BITS = 4
+PER_WORD = 8
+NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds output channel NIBBLES[i] of its eight
+# The least float16 above 0 and the largest one that bfloat16 holds too.
+MIN_SCALE, MAX_SCALE = 2.0**-24, 65280.0
+
+
+def rejects(scheme: QuantScheme, shape: tuple[int, int]) -> str | None:
+    """Why this format cannot hold W [N, K] with `scheme`, in one line; None when it can."""
+    if scheme.bits != BITS or scheme.act_bits != 16:
+        return f"format awq holds W4A16 weights only, not W{scheme.bits}A{scheme.act_bits}"
+    if shape[0] % PER_WORD:
+        return f"format awq packs {PER_WORD} output channels to a word, and {shape[0]} is not a multiple of {PER_WORD}"
+    return None
+
+
+def round_scales(scales: torch.Tensor, model_dtype: torch.dtype) -> torch.Tensor:
+    """float32 scales -> float16, positive and finite; of a bfloat16 model, values that bfloat16 holds too.
+
+    vLLM loads AWQ scales into the dtype it runs in, transformers keeps float16. A value rounded to bfloat16 first
+    is exact in both (float16 has more mantissa bits, and no finer steps below its normal range), so that both
+    runtimes see the scale that the codes were computed with.
+    """
+    if model_dtype == torch.bfloat16:
+        scales = scales.to(torch.bfloat16).to(torch.float32)
+    return scales.clamp(MIN_SCALE, MAX_SCALE).to(torch.float16)
+
+
+def layout(
+    scheme: QuantScheme, shape: tuple[int, int], model_dtype: torch.dtype
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Suffix -> (safetensors dtype, shape) of what `pack` returns for W [N, K]."""
+    rows, columns = shape
+    groups = scheme.groups(columns)
+    return {
+        "qweight": ("I32", (columns, rows // PER_WORD)),
+        "qzeros": ("I32", (groups, rows // PER_WORD)),
+        "scales": ("F16", (groups, rows)),
+    }
+
+
+def pack(q: QuantizedTensor) -> dict[str, torch.Tensor]:
+    """Suffix -> tensor of a weight that `rejects` accepts."""
+    zeros = torch.full(q.scales.shape, q.scheme.zero, dtype=torch.uint8) if q.zeros is None else q.zeros
+    return {
+        "qweight": _pack_columns(q.codes),
+        "qzeros": _pack_columns(zeros),
+        "scales": transposed(q.scales.to(torch.float16)),
+    }
+
+
+def unpack(tensors: Mapping[str, torch.Tensor], scheme: QuantScheme) -> QuantizedTensor:
+    """Inverse of `pack`. Raises QuantoolError when the scheme is symmetric and a stored zero is not 8."""
+    zeros = _unpack_columns(tensors["qzeros"]) if "qzeros" in tensors else None
+    if scheme.sym and zeros is not None:
+        if bool((zeros != scheme.zero).any()):
+            raise QuantoolError(
+                f"tensor 'qzeros': expected {scheme.zero} everywhere since zero_point is false, found other values",
+                hint='set "zero_point": true in quantization_config of config.json',
+            )
+        zeros = None
+    return QuantizedTensor(_unpack_columns(tensors["qweight"]), transposed(tensors["scales"]), zeros, scheme)
+
+
+def _pack_columns(codes: torch.Tensor) -> torch.Tensor:
+    """Codes uint8 [N, K] below 16 -> int32 [K, N / 8]. Packed before it is transposed: fewer bytes to move."""
+    eight = codes.unflatten(0, (-1, PER_WORD))
+    octets = [eight[:, low] | (eight[:, high] << BITS) for low, high in zip(NIBBLES[::2], NIBBLES[1::2], strict=True)]
+    return transposed(torch.stack(octets, dim=-1).view(torch.int32).squeeze(-1))
+
+
+def _unpack_columns(words: torch.Tensor) -> torch.Tensor:
+    """Inverse of `_pack_columns`: int32 [K, N / 8] -> uint8 [N, K]."""
+    columns, words_per_row = words.shape
+    octets = transposed(words).view(torch.uint8).unflatten(-1, (columns, 4))
+    codes = torch.empty(words_per_row, PER_WORD, columns, dtype=torch.uint8, device=words.device)
+    for i, (low, high) in enumerate(zip(NIBBLES[::2], NIBBLES[1::2], strict=True)):
+        codes[:, low] = octets[..., i] & 0xF
+        codes[:, high] = octets[..., i] >> BITS
+    return codes.flatten(0, 1)
+
+
+def quantization_config(schemes: Mapping[str, QuantScheme], kept: Sequence[str]) -> dict[str, Any]:
+    """The config's keys are AutoAWQ's. One group size for all, and float modules found by substring.
+
+    Raises QuantoolError when group sizes differ, or the name of a kept linear is part of a quantized one's:
+    vLLM would leave both in float.
+    """
+    sizes = {scheme.group_size if scheme.group_size > 0 else PER_CHANNEL for scheme in schemes.values()}
+    if len(sizes) > 1:
+        raise QuantoolError(
+            f"format awq has one group size for all modules, found {', '.join(map(str, sorted(sizes)))}",
+            hint="use --format compressed-tensors",
+        )
+    for name in kept:
+        clash = next((module for module in schemes if name in module), None)
+        if clash is not None:
+            raise QuantoolError(
+                f"format awq cannot keep '{name}' in float, its name is part of '{clash}'",
+                hint="use --format compressed-tensors",
+            )
+    return {
+        "quant_method": NAME,
+        "bits": BITS,
+        "group_size": sizes.pop() if sizes else PER_CHANNEL,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": list(kept),
+    }
+
+
+def module_schemes(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> dict[str, QuantScheme]:
+    """Module -> scheme for exactly the modules with a qweight; reads AutoAWQ's and auto-round's checkpoints.
+
+    Raises QuantoolError on another layout or width, and when config and tensor shapes disagree.
+    """
+    scheme = _read_scheme(config)
+    modules = [name.removesuffix(".qweight") for name in infos if name.endswith(".qweight")]
+    for module in modules:
+        _check_tensors(module, scheme, infos)
+    return dict.fromkeys(modules, scheme)
+
+
+def _read_scheme(config: Mapping[str, Any]) -> QuantScheme:
+    version = config.get("version") or config.get("format") or "gemm"
+    if str(version).lower() != "gemm":
+        raise QuantoolError(
+            f"quantization_config: awq version {version!r} cannot be read, expected 'gemm'", hint=FLOAT_CHECKPOINT
+        )
+    bits, group_size, zero_point = (config.get(key) for key in ("bits", "group_size", "zero_point"))
+    if bits != BITS:
+        raise QuantoolError(
+            f"quantization_config: awq with bits {bits!r} cannot be read, expected {BITS}", hint=FLOAT_CHECKPOINT
+        )
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
+        raise QuantoolError(
+            f"quantization_config: group_size is {group_size!r}, expected a positive number or -1", hint=EXPORT_AGAIN
+        )
+    return QuantScheme(bits=BITS, group_size=group_size, sym=zero_point is False)
+
+
+def _check_tensors(module: str, scheme: QuantScheme, infos: Mapping[str, TensorInfo]) -> None:
+    if f"{module}.g_idx" in infos:
+        raise QuantoolError(
+            f"module '{module}' has g_idx: activation ordering cannot be read yet", hint=FLOAT_CHECKPOINT
+        )
+    columns, words = expect_matrix(infos[f"{module}.qweight"], "I32")
+    if not scheme.divides(columns):
+        raise QuantoolError(
+            f"{infos[f'{module}.qweight'].path.name}: tensor '{module}.qweight': expected rows in groups of "
+            f"{scheme.group_size}, found {columns} rows",
+            hint=EXPORT_AGAIN,
+        )
+    groups = scheme.groups(columns)
+    expect(infos, f"{module}.scales", FLOATS, (groups, words * PER_WORD))
+    if not scheme.sym or f"{module}.qzeros" in infos:
+        expect(infos, f"{module}.qzeros", ("I32",), (groups, words))

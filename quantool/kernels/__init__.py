@@ -1,0 +1,1 @@
+"""Operators that compute from packed weights. `ops.py` holds their schemas and torch references."""

@@ -1,0 +1,123 @@
+"""AWQ: scale up the input channels that matter before rounding, so that rounding hurts them less.
+
+For linears that share an input X with second moment H = X^T X / tokens, a scale s > 0 per input channel moves
+precision between channels without changing the network: W s is rounded, s is divided out of what produces X.
+
+    s = m**a,  m[k] = sqrt(H[k, k]),   a on a grid of [0, 1]
+    loss(a) = sum over the linears of  tr(D H D^T),   D = Q(W s) / s - W
+
+which is the exact squared error of the linears' outputs over all calibration tokens, with no pass over them. The
+best few are then tried on the block itself: the one whose block output is nearest to the float block's wins.
+After folding, the range of every group is searched (clip.py) on the scaled moment.
+
+Lin et al. 2023, AWQ: Activation-aware Weight Quantization, sections 3.1-3.2. Here m is the root mean square
+rather than the mean magnitude, the loss is exact rather than sampled, and scales are also folded from o_proj
+into a v_proj whose heads are shared (one scale per shared channel).
+"""
+
+from collections.abc import Mapping
+
+import torch
+
+from quantool.methods.clip import quantize_clipped
+from quantool.model.blocks import Block
+from quantool.model.folds import Group, Source, find_groups, fold
+from quantool.quant import QuantizedTensor, RoundScales, choose_qparams, dequantize, quantize_affine
+from quantool.scheme import QuantScheme
+
+FINALISTS = 3  # scales of a group that are tried on the block itself
+
+
+def quantize_block(
+    block: Block,
+    schemes: Mapping[str, QuantScheme],
+    round_scales: RoundScales,
+    *,
+    stored: torch.dtype,
+    n_grid: int,
+) -> dict[str, QuantizedTensor]:
+    """Codes of the linears in `schemes`; scales are folded into the block's norms and linears in place."""
+    groups = find_groups(block)
+    moments = second_moments(block, groups)
+    for group in groups:
+        if group.source is None or not all(name in schemes for name in group.linears):
+            continue
+        moment = moments[group.linears[0]]
+        scale = _search_scale(block, group, group.source, moment, schemes, round_scales, n_grid)
+        exact = fold(block, group, scale, stored)
+        moments[group.linears[0]] = moment / exact.outer(exact)
+    # Only now: folding into v_proj or up_proj changes weights that an earlier group holds.
+    out = {}
+    for group in groups:
+        for name in group.linears:
+            if name in schemes:
+                weight = block.linears[name].weight.detach()
+                out[name] = quantize_clipped(
+                    weight.float(), schemes[name], round_scales, moments[group.linears[0]]
+                )
+    return out
+
+
+def second_moments(block: Block, groups: list[Group]) -> dict[str, torch.Tensor]:
+    """Mean of x x^T over all calibration tokens, float32 [K, K], for the first linear of each group."""
+    sums: dict[str, torch.Tensor] = {}
+    tokens = sum(hidden.shape[0] * hidden.shape[1] for hidden in block.states.hidden)
+
+    def add(name: str, args: tuple[torch.Tensor, ...]) -> None:
+        x = args[0].reshape(-1, args[0].shape[-1]).float()
+        if name not in sums:
+            sums[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+        sums[name].addmm_(x.T, x, alpha=1 / tokens)
+
+    hooks = [
+        block.linears[group.linears[0]].register_forward_pre_hook(
+            lambda _m, args, name=group.linears[0]: add(name, args)
+        )
+        for group in groups
+    ]
+    try:
+        for _ in block.replay():
+            pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sums
+
+
+def _search_scale(
+    block: Block,
+    group: Group,
+    source: Source,
+    moment: torch.Tensor,
+    schemes: Mapping[str, QuantScheme],
+    round_scales: RoundScales,
+    n_grid: int,
+) -> torch.Tensor:
+    magnitude = _shared(moment.diagonal().clamp(min=1e-12).sqrt(), source)
+    weights = [block.linears[name].weight.detach().float() for name in group.linears]
+    ranked = []
+    for i in range(n_grid + 1):
+        scale = magnitude ** (i / n_grid)
+        scale = (scale / (scale.max() * scale.min()).sqrt()).clamp(1e-4, 1e4)
+        loss = 0.0
+        for name, weight in zip(group.linears, weights, strict=True):
+            difference = _rounded(weight * scale, schemes[name], round_scales).div_(scale).sub_(weight)
+            loss += float(((difference @ moment) * difference).sum())
+        ranked.append((loss, i, scale))
+    ranked.sort(key=lambda entry: entry[:2])
+    return ranked[0][2]
+
+
+def _rounded(weight: torch.Tensor, scheme: QuantScheme, round_scales: RoundScales) -> torch.Tensor:
+    scales, zeros = choose_qparams(weight, scheme, round_scales)
+    return dequantize(quantize_affine(weight, scales, zeros, scheme), scales, zeros, scheme.bits)
+
+
+def _shared(magnitude: torch.Tensor, source: Source) -> torch.Tensor:
+    """Root mean square over the input channels that one row of the source feeds, as with shared key-value heads."""
+    if source.kind != "linear":
+        return magnitude
+    rows = int(source.rows.max()) + 1
+    total = torch.zeros(rows).index_add_(0, source.rows, magnitude.square())
+    count = torch.zeros(rows).index_add_(0, source.rows, torch.ones_like(magnitude))
+    return (total / count.clamp(min=1)).sqrt()[source.rows]

@@ -1,0 +1,1 @@
+"""The network, built by transformers, with one decoder block in memory at a time."""

@@ -1,0 +1,168 @@
+"""What feeds what inside a block, found by running it: which linears share an input, and what can absorb a scale.
+
+Multiplying input channel k of a linear by s[k] leaves the network unchanged if whatever produces that channel is
+divided by s[k]. Who produces it is not read from names but tried: the block runs on a few tokens, linears that
+receive the same tensor form a group, and a candidate source (the norm whose output that tensor is, or an
+earlier linear such as v_proj for o_proj and up_proj for down_proj) is accepted when scaling by random factors
+does not change the block's output. So a norm that multiplies by 1 + weight, grouped-query attention, a fused
+qkv or gate_up, and an input that something else also reads are all settled by the same test.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from quantool.model.blocks import Block
+
+FLOAT32_TOLERANCE = 1e-3  # of the block's own contribution; a wrong source moves it by tens of percent
+HALF_TOLERANCE = 5e-2
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What absorbs a scale: `rows[k]` is the output channel of `name` that feeds input channel k of the group."""
+
+    name: str
+    kind: Literal["norm", "norm_plus_one", "linear"]
+    rows: torch.Tensor  # int64 [K]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Linears that receive the same tensor, in the order they run, and what can absorb a scale of it."""
+
+    linears: tuple[str, ...]
+    source: Source | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Trace:
+    inputs: dict[int, tuple[torch.Tensor, list[str]]]  # data pointer of an input -> it, the linears that read it
+    norms: dict[int, str]  # data pointer of an output -> norm
+    outputs: list[torch.Tensor]  # kept alive, so that no pointer is used twice
+
+
+def find_groups(block: Block) -> list[Group]:
+    """Groups of a block whose weights are in memory, in execution order. Runs it on a few tokens, restores it."""
+    tokens = block.probe()
+    before, trace = _trace(block, tokens)
+    groups: list[Group] = []
+    seen: list[str] = []
+    for pointer, (tensor, linears) in trace.inputs.items():
+        candidates = _candidates(block, trace.norms.get(pointer), seen, tensor.shape[-1])
+        source = next((c for c in candidates if _absorbs(block, tokens, before, linears, c)), None)
+        groups.append(Group(tuple(linears), source))
+        seen += linears
+    return groups
+
+
+def fold(block: Block, group: Group, scale: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
+    """Multiply the group's input channels by `scale` [K] and divide its source, in place; returns the exact scale.
+
+    A norm is rounded to the dtype it will be stored in, and the linears take the ratio that this leaves, so the
+    pair still cancels. For a linear source `scale` must agree on channels that share a row.
+    """
+    if group.source is None:
+        raise ValueError(f"group {group.linears} has no source to fold into")
+    exact = _divide_source(block.module.get_submodule(_local(block, group.source.name)), group.source, scale, stored)
+    for name in group.linears:
+        block.linears[name].weight.mul_(exact)
+    return exact
+
+
+def _divide_source(module: nn.Module, source: Source, scale: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
+    weight, bias = module.weight, getattr(module, "bias", None)
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(f"{source.name} has no weight")
+    if source.kind == "linear":
+        per_row = torch.ones_like(weight[:, 0]).index_copy_(0, source.rows, scale.to(weight.dtype))
+        weight.div_(per_row.unsqueeze(1))
+        exact = scale
+    else:
+        shift = 1.0 if source.kind == "norm_plus_one" else 0.0
+        per_row = scale.to(weight.dtype)
+        gain = weight + shift
+        weight.copy_((gain / per_row - shift).to(stored))
+        new_gain = weight + shift
+        # A gain of zero cancels nothing: its channel is zero anyway and keeps its scale of one.
+        exact = torch.where(new_gain == 0, torch.ones_like(gain), gain / new_gain)
+        per_row = exact
+    if isinstance(bias, torch.Tensor):
+        bias.div_(per_row)
+    return exact
+
+
+def _local(block: Block, name: str) -> str:
+    return name.removeprefix(f"{block.name}.")
+
+
+def _trace(block: Block, tokens: torch.Tensor) -> tuple[torch.Tensor, _Trace]:
+    trace = _Trace({}, {}, [])
+
+    def saw_input(name: str, args: tuple[torch.Tensor, ...]) -> None:
+        trace.inputs.setdefault(args[0].data_ptr(), (args[0], []))[1].append(name)
+
+    def saw_output(name: str, output: torch.Tensor) -> None:
+        trace.outputs.append(output)
+        trace.norms[output.data_ptr()] = name
+
+    hooks = [
+        linear.register_forward_pre_hook(lambda _m, args, name=name: saw_input(name, args))
+        for name, linear in block.linears.items()
+    ]
+    for name, module in block.module.named_modules(prefix=block.name):
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, torch.Tensor) and weight.dim() == 1 and not any(module.children()):
+            hooks.append(module.register_forward_hook(lambda _m, _a, out, name=name: saw_output(name, out)))
+    try:
+        output = block.run(tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return output, trace
+
+
+def _candidates(block: Block, norm: str | None, seen: list[str], width: int) -> Iterator[Source]:
+    if norm is not None:
+        rows = torch.arange(width)
+        yield Source(norm, "norm", rows)
+        yield Source(norm, "norm_plus_one", rows)
+        return
+    for name in reversed(seen):
+        rows_of_source = block.linears[name].out_features
+        if rows_of_source >= width:
+            # The last rows: up of a fused gate_up, or all rows when the sizes agree.
+            yield Source(name, "linear", torch.arange(rows_of_source - width, rows_of_source))
+        yield from _grouped_query(block, name, rows_of_source, width)
+
+
+def _grouped_query(block: Block, name: str, rows_of_source: int, width: int) -> Iterator[Source]:
+    """v_proj, or the last rows of a fused qkv, whose heads several query heads share."""
+    head_dim = next((m.head_dim for m in block.module.modules() if isinstance(getattr(m, "head_dim", None), int)), 0)
+    for values in {rows_of_source, (rows_of_source - width) // 2}:
+        if head_dim and 0 < values < width and width % values == 0 and values % head_dim == 0:
+            k = torch.arange(width)
+            shared = k // head_dim // (width // values) * head_dim + k % head_dim
+            yield Source(name, "linear", rows_of_source - values + shared)
+
+
+def _absorbs(block: Block, tokens: torch.Tensor, before: torch.Tensor, linears: list[str], source: Source) -> bool:
+    """Does the block's output survive a random scale folded into `source`?"""
+    module = block.module.get_submodule(_local(block, source.name))
+    if source.kind != "linear" and getattr(module, "weight", tokens).shape != source.rows.shape:
+        return False
+    touched = [*module.parameters(recurse=False), *(block.linears[name].weight for name in linears)]
+    saved = [parameter.detach().clone() for parameter in touched]
+    generator = torch.Generator().manual_seed(0)
+    size = int(source.rows.max()) + 1
+    per_row = torch.exp(torch.rand(size, generator=generator) * 1.4 - 0.7).to(saved[0].device, saved[0].dtype)
+    fold(block, Group(tuple(linears), source), per_row[source.rows], saved[0].dtype)
+    after = block.run(tokens)
+    for parameter, value in zip(touched, saved, strict=True):
+        parameter.copy_(value)
+    own = (before - tokens).float().norm()
+    tolerance = FLOAT32_TOLERANCE if before.dtype == torch.float32 else HALF_TOLERANCE
+    return bool((after - before).float().norm() <= tolerance * own)

@@ -1,0 +1,95 @@
+"""Which stored weights are linears to quantize, told from names and shapes alone: no network, no transformers.
+
+Decoder blocks are the largest family of tensors numbered alike ("model.layers.0.", "transformer.h.0."); their
+matrices are linears, except routers of experts, whose rounding would change which expert runs.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quantool.errors import QuantoolError
+from quantool.io import Checkpoint, TensorInfo
+
+NUMBERED = re.compile(r"^(?P<family>(?:[^.]+\.)*?)(?P<index>\d+)\.(?P<rest>.+)\.weight$")
+ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)$")
+EMBEDDING = re.compile(r"embed(?!_out)|wte|wpe", re.IGNORECASE)
+HEADS = ("lm_head", "embed_out")
+TRANSPOSED = frozenset({"gpt2", "openai-gpt"})  # Conv1D stores [in_features, out_features]
+
+
+@dataclass(frozen=True, slots=True)
+class Linears:
+    """Modules whose weight [N, K] may be quantized, and the matrices that stay as they are, embeddings aside."""
+
+    candidates: dict[str, tuple[int, int]]
+    others: tuple[str, ...]
+
+
+def find_linears(checkpoint: Checkpoint) -> Linears:
+    """The linears of a float checkpoint, in stored order; the head is among them unless it is tied.
+
+    Raises QuantoolError when there are none, or when the family stores its weights transposed.
+    """
+    config = checkpoint.config
+    if config.get("model_type") in TRANSPOSED:
+        raise QuantoolError(
+            f"{checkpoint.path}: model_type '{config['model_type']}' stores its weights transposed (Conv1D)",
+            hint="quantool quantizes families whose linears are stored as [out_features, in_features]",
+        )
+    matrices = {
+        info.name.removesuffix(".weight"): info
+        for info in checkpoint.infos.values()
+        if info.name.endswith(".weight") and len(info.shape) == 2
+    }
+    family = _block_family(matrices)
+    depth = config.get("num_hidden_layers")
+    candidates: dict[str, tuple[int, int]] = {}
+    others = []
+    for name, info in matrices.items():
+        match = NUMBERED.match(info.name)
+        in_block = match is not None and match["family"] == family and not _beyond(match["index"], depth)
+        head = name in HEADS and not config.get("tie_word_embeddings", False)
+        if (in_block and not ROUTER.search(name)) or head:
+            candidates[name] = (info.shape[0], info.shape[1])
+        elif not EMBEDDING.search(name):
+            others.append(name)
+    if not candidates or family is None:
+        raise QuantoolError(
+            f"{checkpoint.path}: no linear weights in numbered decoder blocks",
+            hint="run 'quantool inspect --tensors' on it to see what it holds",
+        )
+    if not any(name in HEADS for name in (*candidates, *others)):
+        others.append(HEADS[0])  # tied and not stored, but a module of the network all the same
+    return Linears(candidates, tuple(others))
+
+
+def _block_family(matrices: Mapping[str, TensorInfo]) -> str | None:
+    sizes: dict[str, int] = {}
+    for info in matrices.values():
+        if match := NUMBERED.match(info.name):
+            sizes[match["family"]] = sizes.get(match["family"], 0) + info.shape[0] * info.shape[1]
+    return max(sizes, key=lambda family: sizes[family]) if sizes else None
+
+
+def _beyond(index: str, depth: Any) -> bool:
+    """Numbered past the network's last block: an extra prediction head stored as one more layer."""
+    return isinstance(depth, int) and int(index) >= depth
+
+
+def module_kind(name: str) -> str:
+    """attention, mlp, embedding, head, norm or other: what a reader of a size table wants to know."""
+    for kind, pattern in KINDS:
+        if pattern.search(name):
+            return kind
+    return "other"
+
+
+KINDS = (
+    ("norm", re.compile(r"norm|(^|\.)ln_|layernorm", re.IGNORECASE)),
+    ("head", re.compile(r"(^|\.)(lm_head|embed_out|output)\.")),
+    ("embedding", EMBEDDING),
+    ("attention", re.compile(r"attn|attention", re.IGNORECASE)),
+    ("mlp", re.compile(r"mlp|feed_forward|ffn|experts|(^|\.)fc[12]\.")),
+)

@@ -1,0 +1,252 @@
+"""A network without weights: transformers builds it on the meta device, structure tells its parts apart.
+
+The decoder blocks are the longest module list whose members are of one class; embeddings and head are what
+transformers itself names as input and output embeddings. No list of class names is kept here, so any plain
+decoder of transformers works.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantool.errors import QuantoolError, UsageError
+from quantool.io import FLOATS, Checkpoint, model_dtype
+
+DECODER_CLASSES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A transformers model whose parameters are on the meta device until `materialise` reads them."""
+
+    model: Any  # transformers.PreTrainedModel; that class is untyped
+    block_names: tuple[str, ...]  # "model.layers.0", ...
+    dtype: torch.dtype  # of the computation: parameters are cast to it when they are read
+    device: torch.device
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [self.model.get_submodule(name) for name in self.block_names]
+
+    def outside(self) -> list[str]:
+        """Names of the parameters and persistent buffers that belong to no block, tied ones once."""
+        inside = tuple(f"{name}." for name in self.block_names)
+        return [name for name, _ in tensors_of(self.model) if not name.startswith(inside)]
+
+
+def tensors_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters and persistent buffers, each once: what a checkpoint must provide."""
+    yield from module.named_parameters(prefix=prefix)
+    for owner_name, owner in module.named_modules(prefix=prefix):
+        for name, buffer in owner.named_buffers(recurse=False):
+            if name not in owner._non_persistent_buffers_set:
+                yield f"{owner_name}.{name}" if owner_name else name, buffer
+
+
+def require_decoder(checkpoint: Checkpoint) -> None:
+    """Raise QuantoolError unless config.json describes a decoder. Needs no transformers."""
+    config = checkpoint.config
+    where = checkpoint.path / "config.json" if checkpoint.path.is_dir() else checkpoint.path
+    if not isinstance(config.get("model_type"), str):
+        raise QuantoolError(
+            f"{where}: no 'model_type', expected the config of a decoder language model",
+            hint="point MODEL at the directory that holds the model's own config.json",
+        )
+    classes = config.get("architectures") or ["ForCausalLM"]
+    if not any(str(name).endswith(DECODER_CLASSES) for name in classes):
+        raise QuantoolError(
+            f"{where}: architectures {classes} is not a decoder language model, expected a class ending in ForCausalLM",
+            hint="quantool handles models that transformers' AutoModelForCausalLM loads",
+        )
+
+
+def build_network(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "auto") -> Network:
+    """The network of a checkpoint with every parameter on the meta device and computed buffers in place.
+
+    `dtype` auto computes in float32 on a CPU and in the checkpoint's own dtype elsewhere.
+
+    Raises QuantoolError when transformers has no such decoder or no list of blocks can be found.
+    """
+    import transformers
+
+    require_decoder(checkpoint)
+    config = _config(checkpoint)
+    try:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+        raise QuantoolError(
+            f"{checkpoint.path}: transformers {transformers.__version__} cannot build this model: {_first_line(error)}",
+            hint="check config.json, or upgrade: pip install -U transformers",
+        ) from error
+    where = resolve_device(device)
+    _compute_buffers(model, where)
+    compute = resolve_dtype(dtype, where, checkpoint)
+    return Network(model.eval().requires_grad_(False), _block_names(model, checkpoint), compute, where)
+
+
+def resolve_device(device: str) -> torch.device:
+    """"auto" is CUDA where there is one. Raises UsageError for a device that torch does not know or reach."""
+    try:
+        where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        torch.empty(0, device=where)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device '{device}' cannot be used: {_first_line(error)}", hint="use --device cpu") from error
+    return where
+
+
+def resolve_dtype(dtype: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype to compute in."""
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else model_dtype(checkpoint)
+    if dtype not in FLOATS:
+        raise UsageError(f"dtype '{dtype}' is unknown, expected auto, {', '.join(FLOATS)}", hint="use --dtype auto")
+    return FLOATS[dtype]
+
+
+def _config(checkpoint: Checkpoint) -> Any:
+    import transformers
+
+    values = {k: v for k, v in copy.deepcopy(dict(checkpoint.config)).items() if k != "quantization_config"}
+    model_type = values.pop("model_type")
+    try:
+        config = transformers.AutoConfig.for_model(model_type, **values)
+    except Exception as error:  # each family checks its config in its own way
+        raise QuantoolError(
+            f"{checkpoint.path}: config.json of model_type '{model_type}' is not one that transformers "
+            f"{transformers.__version__} reads: {_first_line(error)}",
+            hint="check config.json, or upgrade: pip install -U transformers",
+        ) from error
+    # Weights are cast when they are read, so the class must not pick a dtype of its own.
+    config.dtype = torch.float32
+    return config
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _compute_buffers(model: Any, device: torch.device) -> None:
+    """Rotary frequencies, embedding scales and the like are in no checkpoint: transformers recomputes them."""
+    for module in model.modules():
+        pending = {name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        if pending:
+            for name in pending:
+                module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
+            model._init_weights(module)
+            for name in pending:
+                module._buffers[name] = module._buffers[name].to(device)
+
+
+def _block_names(model: Any, checkpoint: Checkpoint) -> tuple[str, ...]:
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and len({type(block) for block in module}) == 1
+    ]
+    depth = getattr(model.config, "num_hidden_layers", None)
+    lists = [(name, module) for name, module in lists if len(module) == depth] or lists
+    if not lists:
+        raise QuantoolError(
+            f"{checkpoint.path}: no list of decoder blocks in {type(model).__name__}",
+            hint="quantool handles decoders built of equal blocks",
+        )
+    name, blocks = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    return tuple(f"{name}.{i}" for i in range(len(blocks)))
+
+
+def checkpoint_names(network: Network, checkpoint: Checkpoint) -> dict[str, str]:
+    """Module tensor name -> checkpoint tensor name, for every tensor that the network needs.
+
+    A checkpoint saved from the base model lacks its prefix ("h.0..." for "transformer.h.0..."), and of two tied
+    matrices either may be the one that is stored. Raises QuantoolError naming what is missing or misshapen.
+    """
+    model = network.model
+    prefix = f"{model.base_model_prefix}."
+    head = model.get_output_embeddings()
+    tied = head is not None and head.weight is model.get_input_embeddings().weight
+    names: dict[str, str] = {}
+    for name, tensor in tensors_of(model):
+        choices = [name, name.removeprefix(prefix)]
+        if tied and tensor is head.weight:
+            choices += [f"{path}.weight" for path, module in model.named_modules() if module is head]
+        found = next((choice for choice in choices if choice in checkpoint.infos), None)
+        if found is None:
+            raise QuantoolError(
+                f"{checkpoint.path}: tensor '{name}' {list(tensor.shape)} of {type(model).__name__} is missing",
+                hint="the checkpoint is incomplete, or of a family whose tensors have other names",
+            )
+        shape = checkpoint.infos[found].shape
+        if tuple(tensor.shape) != shape:
+            raise QuantoolError(
+                f"{checkpoint.path}: tensor '{found}': shape {list(shape)}, config.json expects {list(tensor.shape)}",
+                hint="config.json and the weights are of different models",
+            )
+        names[name] = found
+    return names
+
+
+def materialise(network: Network, checkpoint: Checkpoint, names: Mapping[str, str], which: list[str]) -> None:
+    """Read the tensors named in `which` into the network; parameters are cast, packed buffers stay as stored."""
+    for name in which:
+        owner_name, _, leaf = name.rpartition(".")
+        owner = network.model.get_submodule(owner_name)
+        tensor = checkpoint.read(names[name])
+        if leaf in owner._parameters:
+            # A copy even when the dtype is right: methods change weights in place, a mapped file must not.
+            value = nn.Parameter(tensor.to(network.device, network.dtype, copy=True), requires_grad=False)
+            for module, alias in _places(network.model, owner._parameters[leaf]):
+                module._parameters[alias] = value
+        else:
+            owner._buffers[leaf] = tensor.to(network.device, copy=True)
+        checkpoint.drop(names[name])
+
+
+def release(network: Network, which: list[str]) -> None:
+    """Put tensors back on the meta device, so that their memory is free."""
+    for name in which:
+        owner_name, _, leaf = name.rpartition(".")
+        owner = network.model.get_submodule(owner_name)
+        if leaf in owner._parameters:
+            old = owner._parameters[leaf]
+            empty = nn.Parameter(torch.empty_like(old, device="meta"), requires_grad=False)
+            for module, alias in _places(network.model, old):
+                module._parameters[alias] = empty
+        else:
+            owner._buffers[leaf] = torch.empty_like(owner._buffers[leaf], device="meta")
+
+
+def _places(model: Any, parameter: torch.Tensor | None) -> list[tuple[nn.Module, str]]:
+    """Every module attribute that is this parameter: two for tied embeddings."""
+    return [
+        (module, name)
+        for module in model.modules()
+        for name, value in module._parameters.items()
+        if value is parameter
+    ]
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The tokenizer of a checkpoint through transformers; raises QuantoolError when there is none."""
+    import transformers
+
+    def load(directory: Path) -> Any:
+        try:
+            return transformers.AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+        except Exception as error:  # transformers raises many classes here, none of its own
+            raise QuantoolError(
+                f"{checkpoint.path}: no usable tokenizer: {_first_line(error)}",
+                hint="copy tokenizer.json and tokenizer_config.json of the original model beside its config.json",
+            ) from error
+
+    if checkpoint.path.is_dir():
+        return load(checkpoint.path)
+    with TemporaryDirectory() as directory:
+        checkpoint.write_aux(Path(directory))
+        return load(Path(directory))

@@ -1,0 +1,1 @@
+"""One module per subcommand: reads artifacts, writes artifacts, returns a result dataclass."""

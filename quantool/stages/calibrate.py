@@ -1,0 +1,177 @@
+"""Run a model on sample text and record what reaches each linear.
+
+The file holds `input_ids` int32 [num_samples, seq_len] and per linear X: `X.act_amax` and `X.act_mean_sq` float32
+[K] over all tokens (the square root of the latter is AWQ's magnitude, the latter itself an importance matrix), and
+`X.tokens` int64 [1]. Metadata: what was run on which text. Works block by block.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from quantool import __version__
+from quantool.data import Progress, TextOptions, no_progress, resolve_seq_len, token_windows
+from quantool.errors import QuantoolError, UsageError
+from quantool.io import Checkpoint
+from quantool.io.safetensors import MappedFile
+from quantool.io.writer import check_output_file, write_file
+from quantool.model.blocks import embed, stream_blocks
+from quantool.model.skeleton import Network, load_tokenizer
+from quantool.runtime import Opened, open_model
+from quantool.stages.resources import Stopwatch, peak_memory_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrateResult:
+    """What was recorded; `linears` is how many modules have statistics."""
+
+    output: str
+    linears: int
+    tokens: int
+    num_samples: int
+    seq_len: int
+    dataset: str
+    seed: int
+    bytes: int
+    seconds: float
+    peak_memory_bytes: int
+
+
+@torch.inference_mode()
+def run(
+    model: str,
+    output: Path,
+    *,
+    text: TextOptions,
+    batch_size: int = 1,
+    dtype: str = "auto",
+    device: str = "auto",
+    dry_run: bool = False,
+    overwrite: bool = False,
+    progress: Progress = no_progress,
+) -> CalibrateResult:
+    """Write the calibration file of MODEL; with `dry_run` only say what it would hold.
+
+    Raises QuantoolError when the model or the text cannot be used, UsageError when `output` exists.
+    """
+    watch = Stopwatch()
+    check_output_file(output, overwrite)
+    opened = open_model(model, dtype=dtype, device=device)
+    windows = sample_windows(opened.network, opened.checkpoint, text)
+    tensors: dict[str, torch.Tensor] = {"input_ids": windows.to(torch.int32)}
+    linears = sum(isinstance(module, nn.Linear) for block in opened.network.blocks for module in block.modules())
+    if not dry_run:
+        tensors |= record(opened, windows, batch_size, progress)
+    size = 0
+    if not dry_run:
+        size = write_file(output, tensors, _metadata(opened.checkpoint, text, windows), overwrite=overwrite)
+    return CalibrateResult(
+        output=str(output),
+        linears=linears,
+        tokens=windows.numel(),
+        num_samples=windows.shape[0],
+        seq_len=windows.shape[1],
+        dataset=text.dataset,
+        seed=text.seed,
+        bytes=size,
+        seconds=watch.seconds,
+        peak_memory_bytes=peak_memory_bytes(),
+    )
+
+
+def record(opened: Opened, windows: torch.Tensor, batch_size: int, progress: Progress) -> dict[str, torch.Tensor]:
+    """Statistics of every linear's input, under the names that the checkpoint gives its weights."""
+    tensors: dict[str, torch.Tensor] = {}
+    total = len(opened.network.block_names)
+    progress(0, total, "calibrating")
+    states = embed(opened.network, opened.checkpoint, opened.names, windows, batch_size=batch_size)
+    for block in stream_blocks(opened.network, opened.checkpoint, opened.names, states):
+        for name, linear in block.linears.items():
+            # Stays registered: the block runs when the stream resumes, once, and is released.
+            linear.register_forward_pre_hook(_recorder(tensors, opened.names[f"{name}.weight"].removesuffix(".weight")))
+        progress(block.index + 1, total, "calibrating")
+    _require_finite(tensors)
+    return tensors
+
+
+def _recorder(tensors: dict[str, torch.Tensor], name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+    """A hook that adds a batch of inputs [..., K] to the statistics of linear `name`."""
+
+    def add(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x = args[0].reshape(-1, args[0].shape[-1]).float()
+        amax, mean_sq, count = x.abs().amax(0).cpu(), x.square().mean(0).cpu(), torch.tensor([x.shape[0]])
+        if f"{name}.tokens" in tensors:
+            seen = tensors[f"{name}.tokens"]
+            share = (count / (count + seen)).to(torch.float32)
+            amax = torch.maximum(amax, tensors[f"{name}.act_amax"])
+            mean_sq = mean_sq * share + tensors[f"{name}.act_mean_sq"] * (1 - share)
+            count = count + seen
+        tensors |= {f"{name}.act_amax": amax, f"{name}.act_mean_sq": mean_sq, f"{name}.tokens": count}
+
+    return add
+
+
+def _require_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise QuantoolError(
+                f"statistics '{name}' hold NaN or Inf, expected finite activations",
+                hint="use --dtype float32; if they stay, a weight of the checkpoint is not finite",
+            )
+
+
+def sample_windows(network: Network, checkpoint: Checkpoint, text: TextOptions) -> torch.Tensor:
+    """Token windows int64 [num_samples, seq_len] of `text` in the words of the checkpoint's own tokenizer."""
+    seq_len = resolve_seq_len(text, getattr(network.model.config, "max_position_embeddings", None))
+    if seq_len < 2:
+        raise UsageError(f"seq_len is {seq_len}, expected at least 2", hint="use --seq-len 512")
+    windows = token_windows(text, load_tokenizer(checkpoint), seq_len)
+    return require_vocabulary(windows, network, f"{checkpoint.path}: its tokenizer")
+
+
+def require_vocabulary(windows: torch.Tensor, network: Network, whose: str) -> torch.Tensor:
+    """The windows, if every token id has an embedding; QuantoolError otherwise."""
+    rows = network.model.get_input_embeddings().weight.shape[0]
+    if int(windows.max()) >= rows or int(windows.min()) < 0:
+        raise QuantoolError(
+            f"{whose} gives token id {int(windows.max())}, the model has {rows} embeddings",
+            hint="tokenizer and model are not of the same checkpoint",
+        )
+    return windows
+
+
+def read_windows(path: Path, network: Network) -> torch.Tensor:
+    """The token ids int64 [num_samples, seq_len] of a calibration file; QuantoolError when it is none."""
+    file = MappedFile(path)
+    info = file.infos.get("input_ids")
+    if info is None or len(info.shape) != 2 or info.dtype not in ("I32", "I64"):
+        raise QuantoolError(
+            f"{path}: no 'input_ids' [num_samples, seq_len], expected a calibration file of quantool",
+            hint="make one: quantool calibrate MODEL -o calibration.safetensors",
+        )
+    return require_vocabulary(file.read("input_ids").to(torch.int64), network, str(path))
+
+
+def source_hash(checkpoint: Checkpoint) -> str:
+    """sha256 of the config and of every tensor's name, shape and dtype: tells one model from another, reads no weight."""
+    described = [dict(checkpoint.config), sorted((i.name, i.shape, i.dtype) for i in checkpoint.infos.values())]
+    return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _metadata(checkpoint: Checkpoint, text: TextOptions, windows: torch.Tensor) -> dict[str, str]:
+    return {
+        "format": "pt",
+        "quantool_version": __version__,
+        "dataset": text.dataset,
+        "split": text.split,
+        "seed": str(text.seed),
+        "num_samples": str(windows.shape[0]),
+        "seq_len": str(windows.shape[1]),
+        "source_sha256": source_hash(checkpoint),
+        "input_ids_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+    }
