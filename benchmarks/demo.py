@@ -90,7 +90,7 @@ def main() -> None:
     awq, reference = measured(model, "awq")
     rtn, _ = measured(model, "rtn")
     artifact = str(DEMO / "smollm2-awq-w4-g64")
-    say(f"\n$ python - {artifact}\n{LOAD}\n")
+    say(f"\n$ python -c CODE {artifact}    # CODE:\n{LOAD}\n")
     written = subprocess.run((sys.executable, "-c", LOAD, artifact), check=True, stdout=subprocess.PIPE, text=True)
     print(f"{written.stdout.strip()}\n")
     header = ("SmolLM2-135M-Instruct", "size", "bits per weight", "perplexity", "KL divergence", "top-1")

@@ -70,7 +70,7 @@ def token_windows(options: TextOptions, tokenizer: Tokenizer, seq_len: int) -> "
         raise QuantoolError(
             f"dataset '{options.dataset}' ({options.split}): {wanted or 1} windows of {seq_len} tokens asked for, "
             f"the text has {available} ({len(ids)} tokens)",
-            hint=f"use --num-samples {available}" if available else f"use --seq-len {max(len(ids), 2)} or a longer text",
+            hint=f"use --num-samples {available}" if available else "use a shorter --seq-len or a longer text",
         )
     windows = ids[: available * seq_len].view(available, seq_len)
     if options.seed:
@@ -158,7 +158,7 @@ def _column(rows: Iterable[dict[str, Any]], options: TextOptions) -> Iterator[st
             if options.text_column not in row:
                 raise UsageError(
                     f"dataset '{options.dataset}': no column '{options.text_column}', it has {', '.join(sorted(row))}",
-                    hint=f"use --text-column {sorted(row)[0]}" if row else None,
+                    hint=f"use --text-column {min(row)}" if row else None,
                 )
             yield str(row[options.text_column])
     except QuantoolError:
@@ -202,4 +202,3 @@ def _docstrings(source: Path) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, kinds) and (text := ast.get_docstring(node)) and len(text) > 60:
             yield text
-

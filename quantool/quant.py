@@ -16,7 +16,20 @@ from quantool.errors import QuantoolError
 from quantool.kernels.ops import dequantize, pack_bits, unpack_bits
 from quantool.scheme import PER_TENSOR, QuantScheme
 
-__all__ = ["QuantizedTensor", "RoundScales", "choose_qparams", "dequantize_affine", "pack_bits", "quantize_affine", "unpack_bits"]
+__all__ = [
+    "QuantizedTensor",
+    "RoundScales",
+    "choose_qparams",
+    "dequantize_affine",
+    "pack_bits",
+    "quantize_affine",
+    "require_finite",
+    "round_affine",
+    "row_pieces",
+    "unpack_bits",
+]
+
+PIECE = 1 << 18  # weights: 1 MB in float32, half of a core's L2 on server processors
 
 RoundScales = Callable[[torch.Tensor], torch.Tensor]
 """float32 scales -> the same scales in the dtype and precision that a format stores."""
@@ -66,6 +79,23 @@ def quantize_affine(
     grouped = weight.view(weight.shape[0], scales.shape[1], -1) / scales.unsqueeze(-1).to(torch.float32)
     shift = scheme.zero if zeros is None else zeros.unsqueeze(-1).to(torch.float32)
     return grouped.round_().add_(shift).clamp_(0, scheme.max_code).to(torch.uint8).view_as(weight)
+
+
+def round_affine(
+    weight: torch.Tensor, scheme: QuantScheme, round_scales: RoundScales, *, clip: float | torch.Tensor = 1.0
+) -> torch.Tensor:
+    """What W float32 [N, K] becomes: choose a grid, quantize, dequantize, with no codes in between."""
+    scales, zeros = choose_qparams(weight, scheme, round_scales, clip=clip)
+    step = scales.unsqueeze(-1).to(torch.float32)
+    zero = torch.tensor(float(scheme.zero)) if zeros is None else zeros.unsqueeze(-1).to(torch.float32)
+    grouped = weight.view(weight.shape[0], scales.shape[1], -1) / step
+    return grouped.round_().clamp_(-zero, scheme.max_code - zero).mul_(step).view_as(weight)
+
+
+def row_pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """W [N, K] in runs of rows that stay in a core's cache between the passes over them."""
+    pieces: tuple[torch.Tensor, ...] = weight.split(max(1, PIECE // weight.shape[1]))
+    return pieces
 
 
 def dequantize_affine(q: QuantizedTensor) -> torch.Tensor:

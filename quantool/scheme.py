@@ -9,7 +9,7 @@ Symmetric schemes fix zeros at 2**(bits-1). `group_size` -1 is one group per row
 scale for the whole tensor, as in AutoRound.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from quantool.errors import UsageError
 
@@ -79,7 +79,3 @@ PRESETS: dict[str, QuantScheme] = {
 def fitting_group_sizes(in_features: int) -> list[int]:
     """Group sizes of 16 to 256 that divide a row of `in_features`, largest first."""
     return [g for g in (256, 128, 64, 32, 16) if in_features % g == 0]
-
-
-def with_group_size(scheme: QuantScheme, group_size: int) -> QuantScheme:
-    return replace(scheme, group_size=group_size)

@@ -38,15 +38,15 @@ def make_rows(kinds: list[str], seed: int) -> torch.Tensor:
         if kind in {"zeros", "constant", "negative"}:
             row[:] = {"zeros": 0.0, "constant": 0.3, "negative": -0.3}[kind]
         elif kind == "shifted":
-            row += 10
+            row.add_(10)
         elif kind == "outlier":
             row[17] = 1e4
         elif kind == "denormal":
-            row *= 1e-42
+            row.mul_(1e-42)
         elif kind == "huge":
             row[:] = row.sign() * 3.3e38
         elif kind == "wide":
-            row *= torch.logspace(-20, 20, 48)
+            row.mul_(torch.logspace(-20, 20, 48))
     return weight
 
 

@@ -50,6 +50,10 @@ class Format(Protocol):
         """Inverse of `pack`, also for what other tools wrote; raises QuantoolError on values that contradict."""
         ...
 
+    def weight_shape(self, tensors: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+        """[N, K] of a packed module, from its mapped tensors without unpacking them."""
+        ...
+
     def quantization_config(self, schemes: Mapping[str, QuantScheme], kept: Sequence[str]) -> dict[str, Any]:
         """config.json's "quantization_config": modules quantized by name, and the linears left in float.
 

@@ -88,6 +88,12 @@ def unpack(tensors: Mapping[str, torch.Tensor], scheme: QuantScheme) -> Quantize
     return QuantizedTensor(_unpack_columns(tensors["qweight"]), transposed(tensors["scales"]), zeros, scheme)
 
 
+def weight_shape(tensors: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+    """[N, K] of a packed module, from its mapped tensors without unpacking them."""
+    columns, words = tensors["qweight"].shape
+    return words * PER_WORD, columns
+
+
 def _pack_columns(codes: torch.Tensor) -> torch.Tensor:
     """Codes uint8 [N, K] below 16 -> int32 [K, N / 8]. Packed before it is transposed: fewer bytes to move."""
     eight = codes.unflatten(0, (-1, PER_WORD))

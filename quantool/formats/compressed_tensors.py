@@ -42,6 +42,7 @@ __all__ = [
     "rejects",
     "round_scales",
     "unpack",
+    "weight_shape",
 ]
 
 SUFFIXES: tuple[str, ...] = (
@@ -124,6 +125,14 @@ def unpack(tensors: Mapping[str, torch.Tensor], scheme: QuantScheme) -> Quantize
         scheme=scheme,
         input_scale=None if input_scale is None else input_scale.reshape(1).to(torch.float32),
     )
+
+
+def weight_shape(tensors: Mapping[str, torch.Tensor]) -> tuple[int, int]:
+    """[N, K] of a packed module, from its mapped tensors without unpacking them."""
+    if "weight_packed" in tensors:
+        rows, columns = (int(size) for size in tensors["weight_shape"].tolist())
+        return rows, columns
+    return tensors["weight"].shape[0], tensors["weight"].shape[1]
 
 
 def _stored_shape(tensors: Mapping[str, torch.Tensor], scheme: QuantScheme) -> tuple[int, int]:

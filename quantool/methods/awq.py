@@ -22,7 +22,7 @@ import torch
 from quantool.methods.clip import quantize_clipped
 from quantool.model.blocks import Block
 from quantool.model.folds import Group, Source, find_groups, fold
-from quantool.quant import QuantizedTensor, RoundScales, choose_qparams, dequantize, quantize_affine
+from quantool.quant import QuantizedTensor, RoundScales, dequantize_affine, round_affine, row_pieces
 from quantool.scheme import QuantScheme
 
 FINALISTS = 3  # scales of a group that are tried on the block itself
@@ -43,7 +43,7 @@ def quantize_block(
         if group.source is None or not all(name in schemes for name in group.linears):
             continue
         moment = moments[group.linears[0]]
-        scale = _search_scale(block, group, group.source, moment, schemes, round_scales, n_grid)
+        scale = _search_scale(block, group, moment, schemes, round_scales=round_scales, n_grid=n_grid)
         exact = fold(block, group, scale, stored)
         moments[group.linears[0]] = moment / exact.outer(exact)
     # Only now: folding into v_proj or up_proj changes weights that an earlier group holds.
@@ -52,9 +52,7 @@ def quantize_block(
         for name in group.linears:
             if name in schemes:
                 weight = block.linears[name].weight.detach()
-                out[name] = quantize_clipped(
-                    weight.float(), schemes[name], round_scales, moments[group.linears[0]]
-                )
+                out[name] = quantize_clipped(weight.float(), schemes[name], round_scales, moments[group.linears[0]])
     return out
 
 
@@ -87,35 +85,62 @@ def second_moments(block: Block, groups: list[Group]) -> dict[str, torch.Tensor]
 def _search_scale(
     block: Block,
     group: Group,
-    source: Source,
     moment: torch.Tensor,
     schemes: Mapping[str, QuantScheme],
+    *,
     round_scales: RoundScales,
     n_grid: int,
 ) -> torch.Tensor:
-    magnitude = _shared(moment.diagonal().clamp(min=1e-12).sqrt(), source)
-    weights = [block.linears[name].weight.detach().float() for name in group.linears]
-    ranked = []
-    for i in range(n_grid + 1):
-        scale = magnitude ** (i / n_grid)
-        scale = (scale / (scale.max() * scale.min()).sqrt()).clamp(1e-4, 1e4)
-        loss = 0.0
-        for name, weight in zip(group.linears, weights, strict=True):
-            difference = _rounded(weight * scale, schemes[name], round_scales).div_(scale).sub_(weight)
-            loss += float(((difference @ moment) * difference).sum())
-        ranked.append((loss, i, scale))
-    ranked.sort(key=lambda entry: entry[:2])
-    return ranked[0][2]
+    """The scale [K] of a group: the best few of the grid by the linears' outputs, of these the best by the block's."""
+    magnitude = _shared(moment.diagonal().clamp(min=1e-12).sqrt(), group.source)
+    scales = [magnitude ** (i / n_grid) for i in range(n_grid + 1)]
+    scales = [(scale / (scale.max() * scale.min()).sqrt()).clamp(1e-4, 1e4) for scale in scales]
+    losses = torch.zeros(len(scales), dtype=torch.float64)
+    for name in group.linears:
+        for piece in row_pieces(block.linears[name].weight.detach().float()):
+            for i, scale in enumerate(scales):
+                losses[i] += _output_error(piece, scale, moment, schemes[name], round_scales)
+    order = losses.argsort()[:FINALISTS].tolist()
+    finalists = [scales[i] for i in order]
+    return _best_on_block(block, group, finalists, moment, schemes, round_scales=round_scales)
 
 
-def _rounded(weight: torch.Tensor, scheme: QuantScheme, round_scales: RoundScales) -> torch.Tensor:
-    scales, zeros = choose_qparams(weight, scheme, round_scales)
-    return dequantize(quantize_affine(weight, scales, zeros, scheme), scales, zeros, scheme.bits)
+def _output_error(
+    weight: torch.Tensor, scale: torch.Tensor, moment: torch.Tensor, scheme: QuantScheme, round_scales: RoundScales
+) -> torch.Tensor:
+    """tr(D H D^T) for some rows of W."""
+    difference = round_affine(weight * scale, scheme, round_scales).div_(scale).sub_(weight)
+    return ((difference @ moment) * difference).sum()
 
 
-def _shared(magnitude: torch.Tensor, source: Source) -> torch.Tensor:
+def _best_on_block(
+    block: Block,
+    group: Group,
+    scales: list[torch.Tensor],
+    moment: torch.Tensor,
+    schemes: Mapping[str, QuantScheme],
+    *,
+    round_scales: RoundScales,
+) -> torch.Tensor:
+    """The scale whose rounding moves the block's own output least, on the first window."""
+    window = block.states.hidden[0][:1]
+    wanted = block.run(window)
+    errors = []
+    originals = {name: block.linears[name].weight.clone() for name in group.linears}
+    for scale in scales:
+        for name, weight in originals.items():
+            scaled = weight.float() * scale
+            q = quantize_clipped(scaled, schemes[name], round_scales, moment / scale.outer(scale))
+            block.linears[name].weight.copy_(dequantize_affine(q).div_(scale))
+        errors.append(float((block.run(window) - wanted).float().square().sum()))
+    for name, weight in originals.items():
+        block.linears[name].weight.copy_(weight)
+    return scales[errors.index(min(errors))]
+
+
+def _shared(magnitude: torch.Tensor, source: Source | None) -> torch.Tensor:
     """Root mean square over the input channels that one row of the source feeds, as with shared key-value heads."""
-    if source.kind != "linear":
+    if source is None or source.kind != "linear":
         return magnitude
     rows = int(source.rows.max()) + 1
     total = torch.zeros(rows).index_add_(0, source.rows, magnitude.square())

@@ -10,10 +10,8 @@ stay in the processor's cache between the passes: the whole matrix never exists 
 import torch
 
 from quantool.methods.clip import quantize_clipped
-from quantool.quant import QuantizedTensor, RoundScales, choose_qparams, quantize_affine
+from quantool.quant import QuantizedTensor, RoundScales, choose_qparams, quantize_affine, row_pieces
 from quantool.scheme import PER_TENSOR, QuantScheme
-
-PIECE = 1 << 18  # weights: 1 MB in float32, half of a core's L2 on server processors
 
 
 def quantize_weight(
@@ -22,8 +20,7 @@ def quantize_weight(
     """W float [N, K] in any dtype -> its codes."""
     if mse or scheme.group_size == PER_TENSOR:
         return _quantize_piece(weight.to(torch.float32), scheme, round_scales, mse)
-    rows = max(1, PIECE // weight.shape[1])
-    pieces = [_quantize_piece(piece.to(torch.float32), scheme, round_scales, mse) for piece in weight.split(rows)]
+    pieces = [_quantize_piece(piece.to(torch.float32), scheme, round_scales, mse) for piece in row_pieces(weight)]
     zeros = [piece.zeros for piece in pieces if piece.zeros is not None]
     return QuantizedTensor(
         torch.cat([piece.codes for piece in pieces]),

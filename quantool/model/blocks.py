@@ -148,9 +148,7 @@ def stream_blocks(
 
 
 @contextmanager
-def open_head(
-    network: Network, checkpoint: Checkpoint, names: Mapping[str, str]
-) -> Iterator[Head]:
+def open_head(network: Network, checkpoint: Checkpoint, names: Mapping[str, str]) -> Iterator[Head]:
     """The final norm and the head, with their weights in memory inside the `with`."""
     outside = network.outside()
     materialise(network, checkpoint, names, outside)

@@ -141,7 +141,8 @@ def _candidates(block: Block, norm: str | None, seen: list[str], width: int) -> 
 
 def _grouped_query(block: Block, name: str, rows_of_source: int, width: int) -> Iterator[Source]:
     """v_proj, or the last rows of a fused qkv, whose heads several query heads share."""
-    head_dim = next((m.head_dim for m in block.module.modules() if isinstance(getattr(m, "head_dim", None), int)), 0)
+    dims = [getattr(module, "head_dim", None) for module in block.module.modules()]
+    head_dim = next((dim for dim in dims if isinstance(dim, int)), 0)
     for values in {rows_of_source, (rows_of_source - width) // 2}:
         if head_dim and 0 < values < width and width % values == 0 and values % head_dim == 0:
             k = torch.arange(width)

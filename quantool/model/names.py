@@ -13,6 +13,8 @@ from quantool.errors import QuantoolError
 from quantool.io import Checkpoint, TensorInfo
 
 NUMBERED = re.compile(r"^(?P<family>(?:[^.]+\.)*?)(?P<index>\d+)\.(?P<rest>.+)\.weight$")
+FIRST_NUMBER = re.compile(r"^(?P<family>(?:[^.]+\.)*?)(?P<index>\d+)\.")
+DECODER_CLASSES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)$")
 EMBEDDING = re.compile(r"embed(?!_out)|wte|wpe", re.IGNORECASE)
 HEADS = ("lm_head", "embed_out")
@@ -25,6 +27,42 @@ class Linears:
 
     candidates: dict[str, tuple[int, int]]
     others: tuple[str, ...]
+
+
+def require_decoder(checkpoint: Checkpoint) -> None:
+    """Raise QuantoolError unless config.json describes a decoder whose blocks the checkpoint holds.
+
+    A depth that the file does not have is refused here, before a network of that depth is built.
+    """
+    config = checkpoint.config
+    where = checkpoint.path / "config.json" if checkpoint.path.is_dir() else checkpoint.path
+    if not isinstance(config.get("model_type"), str):
+        raise QuantoolError(
+            f"{where}: no 'model_type', expected the config of a decoder language model",
+            hint="point MODEL at the directory that holds the model's own config.json",
+        )
+    classes = config.get("architectures") or ["ForCausalLM"]
+    if not any(str(name).endswith(DECODER_CLASSES) for name in classes):
+        raise QuantoolError(
+            f"{where}: architectures {classes} is not a decoder language model, expected a class ending in ForCausalLM",
+            hint="quantool handles models that transformers' AutoModelForCausalLM loads",
+        )
+    depth = config.get("num_hidden_layers")
+    stored = _stored_depth(checkpoint)
+    if isinstance(depth, int) and not 0 < depth <= stored:
+        raise QuantoolError(
+            f"{where}: num_hidden_layers is {depth}, the checkpoint holds {stored} blocks",
+            hint="config.json and the weights are of different models, or shards are missing",
+        )
+
+
+def _stored_depth(checkpoint: Checkpoint) -> int:
+    """Number of blocks in the largest numbered family of tensors."""
+    indices: dict[str, set[int]] = {}
+    for name in checkpoint.infos:
+        if match := FIRST_NUMBER.match(name):
+            indices.setdefault(match["family"], set()).add(int(match["index"]))
+    return max((len(found) for found in indices.values()), default=0)
 
 
 def find_linears(checkpoint: Checkpoint) -> Linears:

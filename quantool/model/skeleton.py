@@ -17,8 +17,7 @@ from torch import nn
 
 from quantool.errors import QuantoolError, UsageError
 from quantool.io import FLOATS, Checkpoint, model_dtype
-
-DECODER_CLASSES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+from quantool.model.names import require_decoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,23 +48,6 @@ def tensors_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torch
                 yield f"{owner_name}.{name}" if owner_name else name, buffer
 
 
-def require_decoder(checkpoint: Checkpoint) -> None:
-    """Raise QuantoolError unless config.json describes a decoder. Needs no transformers."""
-    config = checkpoint.config
-    where = checkpoint.path / "config.json" if checkpoint.path.is_dir() else checkpoint.path
-    if not isinstance(config.get("model_type"), str):
-        raise QuantoolError(
-            f"{where}: no 'model_type', expected the config of a decoder language model",
-            hint="point MODEL at the directory that holds the model's own config.json",
-        )
-    classes = config.get("architectures") or ["ForCausalLM"]
-    if not any(str(name).endswith(DECODER_CLASSES) for name in classes):
-        raise QuantoolError(
-            f"{where}: architectures {classes} is not a decoder language model, expected a class ending in ForCausalLM",
-            hint="quantool handles models that transformers' AutoModelForCausalLM loads",
-        )
-
-
 def build_network(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "auto") -> Network:
     """The network of a checkpoint with every parameter on the meta device and computed buffers in place.
 
@@ -80,19 +62,21 @@ def build_network(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = 
     try:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+        where = resolve_device(device)
+        _compute_buffers(model, where)
+    except QuantoolError:
+        raise
+    except Exception as error:  # a config with odd values fails anywhere inside a family's code
         raise QuantoolError(
             f"{checkpoint.path}: transformers {transformers.__version__} cannot build this model: {_first_line(error)}",
             hint="check config.json, or upgrade: pip install -U transformers",
         ) from error
-    where = resolve_device(device)
-    _compute_buffers(model, where)
     compute = resolve_dtype(dtype, where, checkpoint)
     return Network(model.eval().requires_grad_(False), _block_names(model, checkpoint), compute, where)
 
 
 def resolve_device(device: str) -> torch.device:
-    """"auto" is CUDA where there is one. Raises UsageError for a device that torch does not know or reach."""
+    """Auto is CUDA where there is one. Raises UsageError for a device that torch does not know or reach."""
     try:
         where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         torch.empty(0, device=where)
@@ -225,10 +209,7 @@ def release(network: Network, which: list[str]) -> None:
 def _places(model: Any, parameter: torch.Tensor | None) -> list[tuple[nn.Module, str]]:
     """Every module attribute that is this parameter: two for tied embeddings."""
     return [
-        (module, name)
-        for module in model.modules()
-        for name, value in module._parameters.items()
-        if value is parameter
+        (module, name) for module in model.modules() for name, value in module._parameters.items() if value is parameter
     ]
 
 

@@ -31,9 +31,12 @@ class QuantLinear(nn.Module):
         self.bias = like.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor
         if self.scheme.act_bits == 8:
-            return linear_w8a8(x, self.qweight, self.scales, self.input_scale, self.bias)
-        return linear_wna16(x, self.qweight, self.scales, self.zeros, self.bias, self.scheme.bits)
+            y = linear_w8a8(x, self.qweight, self.scales, self.input_scale, self.bias)
+        else:
+            y = linear_wna16(x, self.qweight, self.scales, self.zeros, self.bias, self.scheme.bits)
+        return y
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme}"

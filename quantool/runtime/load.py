@@ -19,7 +19,6 @@ from quantool.io.safetensors import DTYPES, dtype_name
 from quantool.model.skeleton import Network, build_network, checkpoint_names, materialise, tensors_of
 from quantool.quant import QuantizedTensor
 from quantool.runtime.linear import QuantLinear, packed_shapes, runtime_tensors
-from quantool.scheme import QuantScheme
 
 SCALES = ("weight_scale", "scales")
 
@@ -91,11 +90,9 @@ class PackedCheckpoint:
     def __init__(self, checkpoint: Checkpoint, format_: Format) -> None:
         self._stored, self._format = checkpoint, format_
         self.path, self.config, self.metadata = checkpoint.path, checkpoint.config, checkpoint.metadata
-        self.schemes: dict[str, QuantScheme] = format_.module_schemes(
-            checkpoint.config["quantization_config"], checkpoint.infos
-        )
+        self.schemes = format_.module_schemes(checkpoint.config["quantization_config"], checkpoint.infos)
         self._last: tuple[str, dict[str, torch.Tensor]] = ("", {})
-        packed = {name for module in self.schemes for name in self._packed_names(module)}
+        packed = {name for module in self.schemes for name in self.packed_names(module)}
         self._infos = {name: info for name, info in checkpoint.infos.items() if name not in packed}
 
     @property
@@ -104,28 +101,41 @@ class PackedCheckpoint:
 
     def quantized(self, module: str) -> QuantizedTensor:
         """Codes and scales of a quantized module."""
-        stored = {name.rpartition(".")[2]: self._stored.read(name) for name in self._packed_names(module)}
-        return self._format.unpack(stored, self.schemes[module])
+        try:
+            return self._format.unpack(self._stored_tensors(module), self.schemes[module])
+        except QuantoolError as error:  # a format knows the suffix only
+            raise QuantoolError(f"{self.path}: module '{module}': {error.message}", hint=error.hint) from error
+
+    def weight_shape(self, module: str) -> tuple[int, int]:
+        """[N, K] of a quantized module."""
+        return self._format.weight_shape(self._stored_tensors(module))
+
+    def packed_bytes(self, module: str) -> int:
+        """What the packed tensors of a module take."""
+        return sum(self._stored.infos[name].nbytes for name in self.packed_names(module))
+
+    def _stored_tensors(self, module: str) -> dict[str, torch.Tensor]:
+        return {name.rpartition(".")[2]: self._stored.read(name) for name in self.packed_names(module)}
 
     def scale_dtype(self, module: str) -> torch.dtype:
         """What the scales of a module are stored in."""
-        scale = next(name for name in self._packed_names(module) if name.rpartition(".")[2] in SCALES)
+        scale = next(name for name in self.packed_names(module) if name.rpartition(".")[2] in SCALES)
         return DTYPES[self._stored.infos[scale].dtype]
 
     def place(self, module: str, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
         """Present the packed tensors of `module` as buffers of these shapes."""
-        size = sum(self._stored.infos[name].nbytes for name in self._packed_names(module))
         for leaf, (shape, dtype) in shapes.items():
             name = f"{module}.{leaf}"
-            self._infos[name] = TensorInfo(name, shape, dtype_name(dtype), size, self._stored.path)
+            self._infos[name] = TensorInfo(name, shape, dtype_name(dtype), 0, self._stored.path)
 
-    def _packed_names(self, module: str) -> list[str]:
+    def packed_names(self, module: str) -> list[str]:
+        """The stored tensors of a quantized module."""
         names = (f"{module}.{suffix}" for suffix in self._format.SUFFIXES)
         return [name for name in names if name in self._stored.infos]
 
     def read(self, name: str) -> torch.Tensor:
         module, _, leaf = name.rpartition(".")
-        if module not in self.schemes or name in self._stored.infos and leaf not in self._format.SUFFIXES:
+        if module not in self.schemes or (name in self._stored.infos and leaf not in self._format.SUFFIXES):
             return self._stored.read(name)
         # A linear is asked for its two to four buffers in a row: unpack once.
         if self._last[0] != module:

@@ -111,7 +111,7 @@ def _recorder(tensors: dict[str, torch.Tensor], name: str) -> Callable[[nn.Modul
             amax = torch.maximum(amax, tensors[f"{name}.act_amax"])
             mean_sq = mean_sq * share + tensors[f"{name}.act_mean_sq"] * (1 - share)
             count = count + seen
-        tensors |= {f"{name}.act_amax": amax, f"{name}.act_mean_sq": mean_sq, f"{name}.tokens": count}
+        tensors.update({f"{name}.act_amax": amax, f"{name}.act_mean_sq": mean_sq, f"{name}.tokens": count})
 
     return add
 
@@ -158,7 +158,7 @@ def read_windows(path: Path, network: Network) -> torch.Tensor:
 
 
 def source_hash(checkpoint: Checkpoint) -> str:
-    """sha256 of the config and of every tensor's name, shape and dtype: tells one model from another, reads no weight."""
+    """sha256 of the config and every tensor's name, shape and dtype: tells models apart, reads no weight."""
     described = [dict(checkpoint.config), sorted((i.name, i.shape, i.dtype) for i in checkpoint.infos.values())]
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
 

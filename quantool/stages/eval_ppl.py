@@ -77,13 +77,13 @@ def run(
     hidden = []
     for i, one in enumerate(opened):
         done = sum(len(o.network.block_names) for o in opened[:i])
-        hidden.append(_hidden_states(one, windows, batch_size, done, total, progress))
-    scores = _score(opened, hidden, windows, fresh, total, progress)
+        hidden.append(_hidden_states(one, windows, batch_size=batch_size, done=done, total=total, progress=progress))
+    scores = _score(opened, hidden, windows, fresh=fresh, total=total, progress=progress)
     return _result(model, text, windows, scores, watch)
 
 
 def _hidden_states(
-    opened: Opened, windows: torch.Tensor, batch_size: int, done: int, total: int, progress: Progress
+    opened: Opened, windows: torch.Tensor, *, batch_size: int, done: int, total: int, progress: Progress
 ) -> torch.Tensor:
     """What the last block puts out: [num_samples, seq_len, hidden]."""
     progress(done, total, "running")
@@ -97,6 +97,7 @@ def _score(
     opened: list[Opened],
     hidden: list[torch.Tensor],
     windows: torch.Tensor,
+    *,
     fresh: int,
     total: int,
     progress: Progress,

@@ -66,12 +66,10 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     notes: list[str] = []
     group_size = _resolve_group_size(recipe, linears.candidates, notes)
     schemes = {
-        name: scheme
-        for name in linears.candidates
-        if (scheme := recipe.scheme_for(name, group_size)) is not None
+        name: scheme for name in linears.candidates if (scheme := recipe.scheme_for(name, group_size)) is not None
     }
     if not schemes:
-        raise UsageError("every linear is ignored, nothing to quantize", hint="check --ignore and the recipe's overrides")
+        raise UsageError("every linear is ignored, nothing to quantize", hint="check --ignore and the overrides")
     _check_division({name: linears.candidates[name][1] for name in schemes}, schemes)
     kept = tuple(name for name in (*linears.candidates, *linears.others) if name not in schemes)
     dtype = model_dtype(checkpoint)

@@ -7,21 +7,20 @@ are written into planned places as they come, under a temporary name that is ren
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from quantool.data import Progress, TextOptions, no_progress
-from quantool.errors import QuantoolError
 from quantool.formats import FORMATS
 from quantool.io import Checkpoint, open_checkpoint
 from quantool.io.safetensors import DTYPES
 from quantool.io.writer import CheckpointWriter
 from quantool.methods import BLOCK_METHODS, WEIGHT_METHODS
 from quantool.model.blocks import Block, embed, stream_blocks
-from quantool.model.skeleton import Network, build_network, checkpoint_names, require_decoder, tensors_of
+from quantool.model.names import require_decoder
+from quantool.model.skeleton import Network, build_network, checkpoint_names, tensors_of
 from quantool.quant import QuantizedTensor, dequantize_affine, require_finite
 from quantool.recipe import Recipe
 from quantool.stages.calibrate import read_windows, sample_windows
@@ -80,20 +79,23 @@ def run(
     scheme = next(iter(plan.schemes.values()))
     target = output or _default_output(model, recipe, plan.group_size)
     config = _artifact_config(checkpoint, recipe, plan)
+    network = windows = None
+    if recipe.method in BLOCK_METHODS:
+        network = build_network(checkpoint, dtype=dtype, device=device)
+        windows = read_windows(calibration, network) if calibration else sample_windows(network, checkpoint, text)
     folded = 0
     size = sum(row.bytes for row in plan.rows)
     if not dry_run:
         with CheckpointWriter(
             target, plan.tensors, config=config, max_shard_size=max_shard_size, overwrite=overwrite
         ) as writer:
+            # Small and first: a tokenizer that cannot be written fails before hours of work.
+            checkpoint.write_aux(writer.directory)
             job = _Job(checkpoint, recipe, plan, writer, progress)
-            if recipe.method in WEIGHT_METHODS:
+            if network is None or windows is None:
                 _quantize_weights(job)
             else:
-                network = build_network(checkpoint, dtype=dtype, device=device)
-                windows = read_windows(calibration, network) if calibration else sample_windows(network, checkpoint, text)
                 folded = _quantize_blocks(job, network, windows, batch_size)
-            checkpoint.write_aux(writer.directory)
             writer.commit()
             size = writer.nbytes
     return QuantizeResult(
@@ -173,9 +175,7 @@ def _quantize_blocks(job: _Job, network: Network, windows: torch.Tensor, batch_s
         stored = {name: names[name] for name, _ in tensors_of(block.module, block.name)}
         for name, tensor in tensors_of(block.module, block.name):
             require_finite(names[name], tensor)
-        schemes = {
-            name: job.plan.schemes[modules[name]] for name in block.linears if modules[name] in job.plan.schemes
-        }
+        schemes = {name: job.plan.schemes[modules[name]] for name in block.linears if modules[name] in job.plan.schemes}
         for name, q in _codes(job, block, schemes).items():
             job.write_packed(modules[name], q)
             block.linears[name].weight.copy_(dequantize_affine(q))

@@ -253,8 +253,8 @@ def test_names_come_before_regexes_before_classes_and_ignore_before_all() -> Non
         ):
             compressed_tensors.module_schemes(config | {"ignore": [ignored]}, infos)
     assert len(compressed_tensors.module_schemes(config | {"ignore": ["o_proj", "re:o_proj"]}, infos)) == 4
+    config["config_groups"] = {"group_0": group(32, "re:.*_proj", "head", "Embedding")}
     with pytest.raises(QuantoolError, match=r"'a\.head' has quantized weights"):
-        config["config_groups"] = {"group_0": group(32, "re:.*_proj", "head", "Embedding")}
         compressed_tensors.module_schemes(config, infos)
 
 
