@@ -148,15 +148,14 @@ def stream_blocks(
 
 
 @contextmanager
-def open_head(network: Network, checkpoint: Checkpoint, names: Mapping[str, str]) -> Iterator[Head]:
+def open_head(network: Network, checkpoint: Checkpoint, names: Mapping[str, str], states: States) -> Iterator[Head]:
     """The final norm and the head, with their weights in memory inside the `with`."""
     outside = network.outside()
     materialise(network, checkpoint, names, outside)
     current: list[torch.Tensor] = []
-    tuples = False
 
     def make(_index: int, _module: nn.Module) -> Stub:
-        return lambda *_args, **_kwargs: (current[0],) if tuples else current[0]
+        return lambda *_args, **_kwargs: (current[0],) if states.tuples else current[0]
 
     def run(hidden: torch.Tensor) -> torch.Tensor:
         current[:] = [hidden]

@@ -42,7 +42,7 @@ def require_decoder(checkpoint: Checkpoint) -> None:
             hint="point MODEL at the directory that holds the model's own config.json",
         )
     classes = config.get("architectures") or ["ForCausalLM"]
-    if not any(str(name).endswith(DECODER_CLASSES) for name in classes):
+    if not isinstance(classes, list) or not any(str(name).endswith(DECODER_CLASSES) for name in classes):
         raise QuantoolError(
             f"{where}: architectures {classes} is not a decoder language model, expected a class ending in ForCausalLM",
             hint="quantool handles models that transformers' AutoModelForCausalLM loads",
@@ -98,8 +98,9 @@ def find_linears(checkpoint: Checkpoint) -> Linears:
             f"{checkpoint.path}: no linear weights in numbered decoder blocks",
             hint="run 'quantool inspect --tensors' on it to see what it holds",
         )
-    if not any(name in HEADS for name in (*candidates, *others)):
-        others.append(HEADS[0])  # tied and not stored, but a module of the network all the same
+    if HEADS[0] not in candidates and HEADS[0] not in others:
+        # Tied and not stored, or stored under an older name: runtimes know the module by this one.
+        others.append(HEADS[0])
     return Linears(candidates, tuple(others))
 
 

@@ -17,7 +17,11 @@ from torch import nn
 
 from quantool.errors import QuantoolError, UsageError
 from quantool.io import FLOATS, Checkpoint, model_dtype
-from quantool.model.names import require_decoder
+from quantool.model.names import HEADS, require_decoder
+
+
+NOT_ARCHITECTURE = frozenset({"quantization_config", "auto_map"})  # auto_map names code of the checkpoint's own
+MESSAGE = 300  # characters of a library's message
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +65,14 @@ def build_network(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = 
     config = _config(checkpoint)
     try:
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config)
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         where = resolve_device(device)
         _compute_buffers(model, where)
     except QuantoolError:
         raise
     except Exception as error:  # a config with odd values fails anywhere inside a family's code
         raise QuantoolError(
-            f"{checkpoint.path}: transformers {transformers.__version__} cannot build this model: {_first_line(error)}",
+            f"{checkpoint.path}: transformers {transformers.__version__} cannot build this model: {_in_one_line(error)}",
             hint="check config.json, or upgrade: pip install -U transformers",
         ) from error
     compute = resolve_dtype(dtype, where, checkpoint)
@@ -81,7 +85,7 @@ def resolve_device(device: str) -> torch.device:
         where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device '{device}' cannot be used: {_first_line(error)}", hint="use --device cpu") from error
+        raise UsageError(f"device '{device}' cannot be used: {_in_one_line(error)}", hint="use --device cpu") from error
     return where
 
 
@@ -97,14 +101,14 @@ def resolve_dtype(dtype: str, device: torch.device, checkpoint: Checkpoint) -> t
 def _config(checkpoint: Checkpoint) -> Any:
     import transformers
 
-    values = {k: v for k, v in copy.deepcopy(dict(checkpoint.config)).items() if k != "quantization_config"}
+    values = {k: v for k, v in copy.deepcopy(dict(checkpoint.config)).items() if k not in NOT_ARCHITECTURE}
     model_type = values.pop("model_type")
     try:
         config = transformers.AutoConfig.for_model(model_type, **values)
     except Exception as error:  # each family checks its config in its own way
         raise QuantoolError(
             f"{checkpoint.path}: config.json of model_type '{model_type}' is not one that transformers "
-            f"{transformers.__version__} reads: {_first_line(error)}",
+            f"{transformers.__version__} reads: {_in_one_line(error)}",
             hint="check config.json, or upgrade: pip install -U transformers",
         ) from error
     # Weights are cast when they are read, so the class must not pick a dtype of its own.
@@ -112,8 +116,10 @@ def _config(checkpoint: Checkpoint) -> Any:
     return config
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _in_one_line(error: Exception) -> str:
+    """What a library says of a failure, in one line of at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MESSAGE else f"{text[:MESSAGE]} ..."
 
 
 def _compute_buffers(model: Any, device: torch.device) -> None:
@@ -154,12 +160,11 @@ def checkpoint_names(network: Network, checkpoint: Checkpoint) -> dict[str, str]
     model = network.model
     prefix = f"{model.base_model_prefix}."
     head = model.get_output_embeddings()
-    tied = head is not None and head.weight is model.get_input_embeddings().weight
     names: dict[str, str] = {}
     for name, tensor in tensors_of(model):
         choices = [name, name.removeprefix(prefix)]
-        if tied and tensor is head.weight:
-            choices += [f"{path}.weight" for path, module in model.named_modules() if module is head]
+        if head is not None and tensor is head.weight:
+            choices += [f"{other}.weight" for other in HEADS]
         found = next((choice for choice in choices if choice in checkpoint.infos), None)
         if found is None:
             raise QuantoolError(
@@ -222,7 +227,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             return transformers.AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
         except Exception as error:  # transformers raises many classes here, none of its own
             raise QuantoolError(
-                f"{checkpoint.path}: no usable tokenizer: {_first_line(error)}",
+                f"{checkpoint.path}: no usable tokenizer: {_in_one_line(error)}",
                 hint="copy tokenizer.json and tokenizer_config.json of the original model beside its config.json",
             ) from error
 

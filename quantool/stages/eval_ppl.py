@@ -8,12 +8,13 @@ same targets:  KL(P || Q) = sum p (log p - log q), and top-1 agreement: how ofte
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 
 from quantool.data import Progress, TextOptions, no_progress
 from quantool.errors import UsageError
-from quantool.model.blocks import Head, embed, open_head, stream_blocks
+from quantool.model.blocks import Head, States, embed, open_head, stream_blocks
 from quantool.runtime import Opened, open_model
 from quantool.stages.calibrate import require_vocabulary, sample_windows
 from quantool.stages.resources import Stopwatch, peak_memory_bytes
@@ -74,28 +75,28 @@ def run(
         windows, fresh = _overlapping(windows, stride)
     _require_same_vocabulary(opened, windows)
     total = sum(len(o.network.block_names) for o in opened) + len(windows)
-    hidden = []
+    states = []
     for i, one in enumerate(opened):
         done = sum(len(o.network.block_names) for o in opened[:i])
-        hidden.append(_hidden_states(one, windows, batch_size=batch_size, done=done, total=total, progress=progress))
-    scores = _score(opened, hidden, windows, fresh=fresh, total=total, progress=progress)
+        states.append(_hidden_states(one, windows, batch_size=batch_size, done=done, total=total, progress=progress))
+    scores = _score(opened, states, windows, fresh=fresh, total=total, progress=progress)
     return _result(model, text, windows, scores, watch)
 
 
 def _hidden_states(
     opened: Opened, windows: torch.Tensor, *, batch_size: int, done: int, total: int, progress: Progress
-) -> torch.Tensor:
-    """What the last block puts out: [num_samples, seq_len, hidden]."""
+) -> States:
+    """What the last block puts out."""
     progress(done, total, "running")
     states = embed(opened.network, opened.checkpoint, opened.names, windows, batch_size=batch_size)
     for block in stream_blocks(opened.network, opened.checkpoint, opened.names, states):
         progress(done + block.index + 1, total, "running")
-    return torch.cat(states.hidden)
+    return states
 
 
 def _score(
     opened: list[Opened],
-    hidden: list[torch.Tensor],
+    states: list[States],
     windows: torch.Tensor,
     *,
     fresh: int,
@@ -104,11 +105,15 @@ def _score(
 ) -> _Scores:
     scores = _Scores()
     with ExitStack() as stack:
-        heads = [stack.enter_context(open_head(o.network, o.checkpoint, o.names)) for o in opened]
-        for i, window in enumerate(windows):
+        heads = [
+            stack.enter_context(open_head(o.network, o.checkpoint, o.names, s))
+            for o, s in zip(opened, states, strict=True)
+        ]
+        outputs = zip(*(chain.from_iterable(s.hidden) for s in states), strict=True)
+        for i, (window, hidden) in enumerate(zip(windows, outputs, strict=True)):
             # The first window of a text scores all its targets, a later overlapping one only its new ones.
             start = 0 if i == 0 else window.shape[0] - 1 - fresh
-            _score_window(heads, [h[i] for h in hidden], window, start, scores)
+            _score_window(heads, list(hidden), window, start, scores)
             progress(total - len(windows) + i + 1, total, "scoring")
     return scores
 

@@ -15,7 +15,7 @@ from quantool.formats import FORMATS, detect
 from quantool.io import Checkpoint, TensorInfo, model_dtype
 from quantool.io.safetensors import DTYPES, dtype_name
 from quantool.io.writer import PlannedTensor
-from quantool.model.names import find_linears
+from quantool.model.names import HEADS, find_linears
 from quantool.recipe import Recipe, matches
 from quantool.scheme import AUTO_GROUP_SIZES, PER_CHANNEL, QuantScheme, fitting_group_sizes
 
@@ -66,7 +66,9 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     notes: list[str] = []
     group_size = _resolve_group_size(recipe, linears.candidates, notes)
     schemes = {
-        name: scheme for name in linears.candidates if (scheme := recipe.scheme_for(name, group_size)) is not None
+        name: scheme
+        for name in linears.candidates
+        if (scheme := recipe.scheme_for(_known_as(name), group_size)) is not None
     }
     if not schemes:
         raise UsageError("every linear is ignored, nothing to quantize", hint="check --ignore and the overrides")
@@ -77,6 +79,11 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     FORMATS[recipe.format].quantization_config(schemes, kept)
     tensors, rows = _layout(checkpoint, recipe.format, schemes, dtype)
     return Plan(schemes, kept, group_size, tensors, rows, dtype, notes)
+
+
+def _known_as(name: str) -> str:
+    """A head is `lm_head` to a recipe, whatever the family calls it."""
+    return HEADS[0] if name in HEADS else name
 
 
 def stored_dtype(info: TensorInfo, model: torch.dtype) -> str:
@@ -112,7 +119,7 @@ def _resolve_group_size(recipe: Recipe, candidates: dict[str, tuple[int, int]], 
     widths = Counter(
         columns
         for name, (_, columns) in candidates.items()
-        if (scheme := recipe.scheme_for(name, probe)) is not None and scheme.group_size == probe
+        if (scheme := recipe.scheme_for(_known_as(name), probe)) is not None and scheme.group_size == probe
     )
     for size in AUTO_GROUP_SIZES:
         if all(columns % size == 0 for columns in widths):
