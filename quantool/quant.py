@@ -25,6 +25,7 @@ __all__ = [
     "quantize_affine",
     "require_finite",
     "round_affine",
+    "round_to_grid",
     "row_pieces",
     "unpack_bits",
 ]
@@ -85,7 +86,13 @@ def round_affine(
     weight: torch.Tensor, scheme: QuantScheme, round_scales: RoundScales, *, clip: float | torch.Tensor = 1.0
 ) -> torch.Tensor:
     """What W float32 [N, K] becomes: choose a grid, quantize, dequantize, with no codes in between."""
-    scales, zeros = choose_qparams(weight, scheme, round_scales, clip=clip)
+    return round_to_grid(weight, *choose_qparams(weight, scheme, round_scales, clip=clip), scheme)
+
+
+def round_to_grid(
+    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, scheme: QuantScheme
+) -> torch.Tensor:
+    """What W float32 [N, K] becomes on the grid of `scales` and `zeros` [N, G]."""
     step = scales.unsqueeze(-1).to(torch.float32)
     zero = torch.tensor(float(scheme.zero)) if zeros is None else zeros.unsqueeze(-1).to(torch.float32)
     grouped = weight.view(weight.shape[0], scales.shape[1], -1) / step

@@ -35,6 +35,9 @@ def quantization_config(schemes: Mapping[str, QuantScheme], kept: Sequence[str])
     for name, args in weights.items():
         modules.setdefault(str(args), []).append(name)
     ordered = sorted(modules.values(), key=len, reverse=True)
+    # transformers 5.23 expects unpacked zero points on its default path and refuses packed ones, llm-compressor's too.
+    # Told to dequantize while loading, it reads them; it then takes every module for one of the first group.
+    dequantize = {"dequantize": True} if len(ordered) == 1 and not next(iter(schemes.values())).sym else {}
     return {
         "quant_method": NAME,
         "version": VERSION,
@@ -55,6 +58,7 @@ def quantization_config(schemes: Mapping[str, QuantScheme], kept: Sequence[str])
         "global_compression_ratio": None,
         "sparsity_config": {},
         "transform_config": {},
+        **dequantize,
     }
 
 

@@ -31,6 +31,9 @@ FREE_SPACE = "free some space or choose another -o"
 OVERWRITE = "add --overwrite or choose another -o"
 
 
+PT = {"format": "pt"}  # without it transformers refuses a file
+
+
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
     """A tensor that will be written; `dtype` is the safetensors word ("I32")."""
@@ -74,10 +77,10 @@ class CheckpointWriter:
         overwrite: bool = False,
     ) -> None:
         self.output = Path(os.path.realpath(output))
-        _check_output_directory(self.output, overwrite)
+        check_output_directory(self.output, overwrite)
         _check_plan(plan)
         self._plan = {tensor.name: tensor for tensor in plan}
-        self._files = _plan_files(plan, max_shard_size, {"format": "pt", **(metadata or {})})
+        self._files = _plan_files(plan, max_shard_size, {**PT, **(metadata or {})})
         self.nbytes = sum(file.nbytes for file in self._files)
         self._config = config
         self._overwrite = overwrite
@@ -208,7 +211,8 @@ def check_output_file(path: Path, overwrite: bool) -> None:
         raise UsageError(f"{path}: already exists", hint=OVERWRITE)
 
 
-def _check_output_directory(path: Path, overwrite: bool) -> None:
+def check_output_directory(path: Path, overwrite: bool) -> None:
+    """Raise UsageError when `path` exists and may not be replaced: also before any work, as CheckpointWriter does."""
     if not os.path.lexists(path):
         return
     if not os.path.isdir(path):
@@ -232,6 +236,11 @@ def _check_plan(plan: Sequence[PlannedTensor]) -> None:
         if tensor.dtype not in DTYPES:
             raise QuantoolError(f"tensor {tensor.name!r}: safetensors has no dtype {tensor.dtype!r}")
         seen.add(tensor.name)
+
+
+def planned_bytes(plan: Sequence[PlannedTensor], max_shard_size: int) -> int:
+    """Size of all shards that CheckpointWriter would write, headers included."""
+    return sum(file.nbytes for file in _plan_files(plan, max_shard_size, PT))
 
 
 def _plan_files(plan: Sequence[PlannedTensor], max_shard_size: int, metadata: Mapping[str, str]) -> list[_File]:

@@ -4,13 +4,25 @@ For every group g of a row the ratio r minimises  e H_g e^T,  e = Q(w; r * range
 the inputs' second moment X^T X that belongs to the group's channels: the squared error of the group's own
 contribution to the output (AWQ, Lin et al. 2023, section 3.2, over all tokens instead of a sample). Without
 activations H_g is the identity and the error is that of the weights.
+
+The scale is then fitted to the codes it gave, s = (q H_g w^T) / (q H_g q^T) with q = codes - zero, and kept where
+rounding with it errs less: what the grid's end points cannot say.
 """
 
 import torch
 
-from quantool.quant import QuantizedTensor, RoundScales, choose_qparams, quantize_affine, round_affine, row_pieces
+from quantool.quant import (
+    QuantizedTensor,
+    RoundScales,
+    choose_qparams,
+    quantize_affine,
+    round_affine,
+    round_to_grid,
+    row_pieces,
+)
 from quantool.scheme import PER_TENSOR, QuantScheme
 
+FITS = 2  # rounds of fitting the scale to its codes; a third changes nothing that can be measured
 RATIOS = tuple(1 - 0.05 * i for i in range(9))  # 1.0 down to 0.6
 
 
@@ -47,7 +59,31 @@ def _quantize_piece(
 ) -> QuantizedTensor:
     ratios = best_ratios(weight, scheme, round_scales, grams)
     scales, zeros = choose_qparams(weight, scheme, round_scales, clip=ratios)
+    if scheme.group_size != PER_TENSOR:
+        for _ in range(FITS):
+            scales = _fitted(weight, scales, zeros, scheme, round_scales=round_scales, grams=grams)
     return QuantizedTensor(quantize_affine(weight, scales, zeros, scheme), scales, zeros, scheme)
+
+
+def _fitted(
+    weight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    scheme: QuantScheme,
+    *,
+    round_scales: RoundScales,
+    grams: torch.Tensor | None,
+) -> torch.Tensor:
+    """Scales [N, G] of least error for the codes that `scales` gives, where rounding with them errs less."""
+    groups = scales.shape[1]
+    rounded = round_to_grid(weight, scales, zeros, scheme)
+    steps = (rounded.view(weight.shape[0], groups, -1) / scales.unsqueeze(-1).float()).view_as(weight)
+    fitted = _inner(steps, weight, groups, grams) / _inner(steps, steps, groups, grams)
+    # No code but zero, or a fit of the wrong sign: keep what there was.
+    fitted = round_scales(torch.where(fitted > 0, fitted, scales.float()))
+    old_error = _group_errors(rounded.sub_(weight), groups, grams)
+    new_error = _group_errors(round_to_grid(weight, fitted, zeros, scheme).sub_(weight), groups, grams)
+    return torch.where(new_error < old_error, fitted, scales)
 
 
 def _diagonal_blocks(moment: torch.Tensor, width: int) -> torch.Tensor:
@@ -57,8 +93,12 @@ def _diagonal_blocks(moment: torch.Tensor, width: int) -> torch.Tensor:
 
 def _group_errors(difference: torch.Tensor, groups: int, grams: torch.Tensor | None) -> torch.Tensor:
     """Error of every group float32 [N, G] of a difference [N, K]."""
-    parts = difference.view(difference.shape[0], groups, -1)
+    return _inner(difference, difference, groups, grams)
+
+
+def _inner(a: torch.Tensor, b: torch.Tensor, groups: int, grams: torch.Tensor | None) -> torch.Tensor:
+    """a H_g b^T of every group: float32 [N, G] from [N, K] each."""
+    left, right = (t.view(t.shape[0], groups, -1) for t in (a, b))
     if grams is None:
-        return parts.square().sum(-1)
-    by_group = parts.transpose(0, 1).contiguous()
-    return ((by_group @ grams) * by_group).sum(-1).T
+        return (left * right).sum(-1)
+    return ((left.transpose(0, 1).contiguous() @ grams) * right.transpose(0, 1)).sum(-1).T

@@ -94,7 +94,7 @@ def embed(
 ) -> States:
     """Hidden states before block 0 of token windows int64 [num_samples, seq_len], and the call of every block."""
     head = network.model.get_output_embeddings()
-    tied = head is not None and head.weight is network.model.get_input_embeddings().weight
+    tied = getattr(head, "weight", None) is network.model.get_input_embeddings().weight
     head_name = next((n for n, m in network.model.named_modules() if m is head), None)
     outside = [n for n in network.outside() if tied or head_name is None or not n.startswith(f"{head_name}.")]
     first = [name for name, _ in tensors_of(network.blocks[0], network.block_names[0])]

@@ -85,9 +85,10 @@ def _divide_source(module: nn.Module, source: Source, scale: torch.Tensor, store
         shift = 1.0 if source.kind == "norm_plus_one" else 0.0
         per_row = scale.to(weight.dtype)
         gain = weight + shift
-        weight.copy_((gain / per_row - shift).to(stored))
+        rounded = (gain / per_row - shift).to(stored).to(weight.dtype)
+        # A gain that rounds to zero would lose its channel: that one keeps its weight and a scale of one.
+        weight.copy_(torch.where(rounded + shift == 0, weight, rounded))
         new_gain = weight + shift
-        # A gain of zero cancels nothing: its channel is zero anyway and keeps its scale of one.
         exact = torch.where(new_gain == 0, torch.ones_like(gain), gain / new_gain)
         per_row = exact
     if isinstance(bias, torch.Tensor):
@@ -151,7 +152,10 @@ def _grouped_query(block: Block, name: str, rows_of_source: int, width: int) -> 
 
 
 def _absorbs(block: Block, tokens: torch.Tensor, before: torch.Tensor, linears: list[str], source: Source) -> bool:
-    """Does the block's output survive a random scale folded into `source`?"""
+    """Do the outputs of the linears, and of the block, survive a random scale folded into `source`?
+
+    The block's alone would not show a wrong source of a small part of it, nor the linears' another reader.
+    """
     module = block.module.get_submodule(_local(block, source.name))
     if source.kind != "linear" and getattr(module, "weight", tokens).shape != source.rows.shape:
         return False
@@ -160,10 +164,22 @@ def _absorbs(block: Block, tokens: torch.Tensor, before: torch.Tensor, linears: 
     generator = torch.Generator().manual_seed(0)
     size = int(source.rows.max()) + 1
     per_row = torch.exp(torch.rand(size, generator=generator) * 1.4 - 0.7).to(saved[0].device, saved[0].dtype)
+    _, wanted = _outputs(block, tokens, linears)
     fold(block, Group(tuple(linears), source), per_row[source.rows], saved[0].dtype)
-    after = block.run(tokens)
+    after, found = _outputs(block, tokens, linears)
     for parameter, value in zip(touched, saved, strict=True):
         parameter.copy_(value)
-    own = (before - tokens).float().norm()
     tolerance = FLOAT32_TOLERANCE if before.dtype == torch.float32 else HALF_TOLERANCE
-    return bool((after - before).float().norm() <= tolerance * own)
+    pairs = [(before - tokens, after - tokens), *zip(wanted, found, strict=True)]
+    return all(bool((b - a).float().norm() <= tolerance * a.float().norm()) for a, b in pairs)
+
+
+def _outputs(block: Block, tokens: torch.Tensor, linears: list[str]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The block's output, and those of some of its linears."""
+    outputs: list[torch.Tensor] = []
+    hooks = [block.linears[name].register_forward_hook(lambda _m, _a, out: outputs.append(out)) for name in linears]
+    try:
+        return block.run(tokens), outputs
+    finally:
+        for hook in hooks:
+            hook.remove()

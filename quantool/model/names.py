@@ -30,10 +30,7 @@ class Linears:
 
 
 def require_decoder(checkpoint: Checkpoint) -> None:
-    """Raise QuantoolError unless config.json describes a decoder whose blocks the checkpoint holds.
-
-    A depth that the file does not have is refused here, before a network of that depth is built.
-    """
+    """Raise QuantoolError unless config.json describes a decoder whose blocks the checkpoint holds."""
     config = checkpoint.config
     where = checkpoint.path / "config.json" if checkpoint.path.is_dir() else checkpoint.path
     if not isinstance(config.get("model_type"), str):
@@ -47,7 +44,12 @@ def require_decoder(checkpoint: Checkpoint) -> None:
             f"{where}: architectures {classes} is not a decoder language model, expected a class ending in ForCausalLM",
             hint="quantool handles models that transformers' AutoModelForCausalLM loads",
         )
-    depth = config.get("num_hidden_layers")
+    check_depth(checkpoint, config.get("num_hidden_layers"))
+
+
+def check_depth(checkpoint: Checkpoint, depth: Any) -> None:
+    """Raise QuantoolError when config.json asks for more blocks than the checkpoint holds: before they are built."""
+    where = checkpoint.path / "config.json" if checkpoint.path.is_dir() else checkpoint.path
     stored = _stored_depth(checkpoint)
     if isinstance(depth, int) and not 0 < depth <= stored:
         raise QuantoolError(

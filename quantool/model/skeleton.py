@@ -17,8 +17,7 @@ from torch import nn
 
 from quantool.errors import QuantoolError, UsageError
 from quantool.io import FLOATS, Checkpoint, model_dtype
-from quantool.model.names import HEADS, require_decoder
-
+from quantool.model.names import HEADS, check_depth, require_decoder
 
 NOT_ARCHITECTURE = frozenset({"quantization_config", "auto_map"})  # auto_map names code of the checkpoint's own
 MESSAGE = 300  # characters of a library's message
@@ -63,6 +62,7 @@ def build_network(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = 
 
     require_decoder(checkpoint)
     config = _config(checkpoint)
+    check_depth(checkpoint, getattr(config, "num_hidden_layers", None))
     try:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -72,7 +72,7 @@ def build_network(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = 
         raise
     except Exception as error:  # a config with odd values fails anywhere inside a family's code
         raise QuantoolError(
-            f"{checkpoint.path}: transformers {transformers.__version__} cannot build this model: {_in_one_line(error)}",
+            f"{checkpoint.path}: transformers {transformers.__version__} cannot build it: {_in_one_line(error)}",
             hint="check config.json, or upgrade: pip install -U transformers",
         ) from error
     compute = resolve_dtype(dtype, where, checkpoint)
@@ -163,7 +163,7 @@ def checkpoint_names(network: Network, checkpoint: Checkpoint) -> dict[str, str]
     names: dict[str, str] = {}
     for name, tensor in tensors_of(model):
         choices = [name, name.removeprefix(prefix)]
-        if head is not None and tensor is head.weight:
+        if tensor is getattr(head, "weight", None):
             choices += [f"{other}.weight" for other in HEADS]
         found = next((choice for choice in choices if choice in checkpoint.infos), None)
         if found is None:

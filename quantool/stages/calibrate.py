@@ -137,6 +137,11 @@ def sample_windows(network: Network, checkpoint: Checkpoint, text: TextOptions) 
 def require_vocabulary(windows: torch.Tensor, network: Network, whose: str) -> torch.Tensor:
     """The windows, if every token id has an embedding; QuantoolError otherwise."""
     rows = network.model.get_input_embeddings().weight.shape[0]
+    if windows.shape[0] < 1 or windows.shape[1] < 2:
+        raise QuantoolError(
+            f"{whose} gives {windows.shape[0]} windows of {windows.shape[1]} tokens, expected at least 1 of 2",
+            hint="calibrate again: quantool calibrate MODEL --num-samples 128",
+        )
     if int(windows.max()) >= rows or int(windows.min()) < 0:
         raise QuantoolError(
             f"{whose} gives token id {int(windows.max())}, the model has {rows} embeddings",

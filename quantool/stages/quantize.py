@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from quantool.data import Progress, TextOptions, no_progress
+from quantool.errors import UsageError
 from quantool.formats import FORMATS
 from quantool.io import Checkpoint, open_checkpoint
 from quantool.io.safetensors import DTYPES
-from quantool.io.writer import CheckpointWriter
+from quantool.io.writer import CheckpointWriter, check_output_directory, planned_bytes
 from quantool.methods import BLOCK_METHODS, WEIGHT_METHODS
 from quantool.model.blocks import Block, embed, stream_blocks
 from quantool.model.names import require_decoder
@@ -78,13 +79,15 @@ def run(
     plan = make_plan(checkpoint, recipe)
     scheme = next(iter(plan.schemes.values()))
     target = output or _default_output(model, recipe, plan.group_size)
+    if not dry_run:
+        _check_output(checkpoint, target, overwrite)
     config = _artifact_config(checkpoint, recipe, plan)
     network = windows = None
     if recipe.method in BLOCK_METHODS:
         network = build_network(checkpoint, dtype=dtype, device=device)
         windows = read_windows(calibration, network) if calibration else sample_windows(network, checkpoint, text)
     folded = 0
-    size = sum(row.bytes for row in plan.rows)
+    size = planned_bytes(plan.tensors, max_shard_size)
     if not dry_run:
         with CheckpointWriter(
             target, plan.tensors, config=config, max_shard_size=max_shard_size, overwrite=overwrite
@@ -97,7 +100,6 @@ def run(
             else:
                 folded = _quantize_blocks(job, network, windows, batch_size)
             writer.commit()
-            size = writer.nbytes
     return QuantizeResult(
         output=str(target),
         method=recipe.method,
@@ -233,6 +235,14 @@ def _artifact_config(checkpoint: Checkpoint, recipe: Recipe, plan: Plan) -> dict
     """The source's config.json, key for key, with the quantization added."""
     section = FORMATS[recipe.format].quantization_config(plan.schemes, plan.kept)
     return {**checkpoint.config, "quantization_config": section}
+
+
+def _check_output(checkpoint: Checkpoint, target: Path, overwrite: bool) -> None:
+    """Before any work; the model itself is never replaced by what is made of it."""
+    where = target.expanduser().resolve()
+    if where == checkpoint.path.resolve():
+        raise UsageError(f"{target}: is the model itself", hint="choose another -o")
+    check_output_directory(where, overwrite)
 
 
 def _default_output(model: str, recipe: Recipe, group_size: int) -> Path:

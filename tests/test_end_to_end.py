@@ -1,0 +1,263 @@
+"""Our artifacts in the real thing: transformers with compressed-tensors, and a decoder of the awq format of our own.
+
+The logits that others compute from an artifact are those that `quantool.load` computes from it.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from quantool import load
+from quantool.data import TextOptions
+from quantool.recipe import Override, Recipe
+from quantool.runtime import QuantLinear
+from quantool.stages import eval_ppl, quantize
+
+TEXT = TextOptions(num_samples=8, seq_len=96)
+MIXED = (
+    Override("mlp.down_proj", bits=8, group_size=-1, sym=True),
+    Override(r"re:.*layers\.0\.self_attn\.v_proj", ignore=True),
+    Override("k_proj", group_size=32),
+)
+CASES = {
+    "w4-asym-g64": Recipe(group_size=64, sym=False),
+    "w4-asym-g32": Recipe(group_size=32, sym=False),
+    "w4-sym-auto": Recipe(),
+    "w8-channel": Recipe(bits=8, group_size=-1),
+    "w3-asym-g64": Recipe(bits=3, group_size=64, sym=False),
+    "w4-sym-head": Recipe(ignore=()),
+    "mixed": Recipe(sym=False, overrides=MIXED),
+    "awq-w4-asym-g64": Recipe(method="awq", group_size=64, sym=False),
+    "awq-w4-sym-g32": Recipe(method="awq", group_size=32),
+    "awq-w3-asym-g128": Recipe(method="awq", bits=3, sym=False),
+    "awq-mixed": Recipe(method="awq", sym=False, overrides=MIXED),
+}
+
+Artifacts = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Artifacts:
+    """Artifacts of `tiny_llama` by recipe, each made once."""
+    made: dict[str, Path] = {}
+
+    def make(recipe: Recipe) -> Path:
+        key = str(recipe)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("artifact") / "out"
+            quantize.run(str(tiny_llama), made[key], recipe, text=TEXT)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def ids(tiny_llama: Path) -> torch.Tensor:
+    from transformers import AutoTokenizer
+
+    text = "The for statement is used to iterate over the elements of a sequence (such as a string, tuple or list)."
+    return torch.tensor([AutoTokenizer.from_pretrained(tiny_llama)(text * 2).input_ids[:64]])
+
+
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        values: torch.Tensor = model(input_ids=ids).logits.float()
+    return values
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Relative to the spread of the logits: a constant added to all of them means nothing."""
+    return float((a - b).norm() / (b - b.mean(-1, keepdim=True)).norm())
+
+
+def transformers_loads(directory: Path) -> Any:
+    """The artifact as transformers and compressed-tensors load it, in float32.
+
+    compressed-tensors 0.19 and 0.20 give packed zero points the shape of unpacked ones before they load them, so that
+    asymmetric weights, also llm-compressor's own, load only with `dequantize`. That takes one scheme for all modules.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(directory)
+    groups = getattr(config, "quantization_config", {"config_groups": {}})["config_groups"].values()
+    if not all(group["weights"]["symmetric"] for group in groups):
+        if len(groups) > 1:
+            return compressed_tensors_decompresses(directory)
+        config.quantization_config["dequantize"] = True
+    return AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=torch.float32)
+
+
+def compressed_tensors_decompresses(directory: Path) -> Any:
+    """A float model whose weights the library decompressed, each by the scheme that the library finds for it."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(directory)
+    section = config.quantization_config
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    apply_quantization_config(model, QuantizationConfig(**section))
+    weights = load_file(directory / "model.safetensors")
+    for name, module in model.named_modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is not None:
+            stored = {key.rpartition(".")[2]: weights.pop(key) for key in list(weights) if key.startswith(f"{name}.")}
+            compressor = BaseCompressor.get_value_from_registry(scheme.format or section["format"])
+            weights[f"{name}.weight"] = compressor.decompress(stored, scheme)["weight"]
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(weights)
+    return plain.eval()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_transformers_computes_the_same_logits(
+    artifacts: Artifacts, tiny_llama: Path, ids: torch.Tensor, case: str
+) -> None:
+    directory = artifacts(CASES[case])
+    ours, theirs = logits(load(directory), ids), logits(transformers_loads(directory), ids)
+    assert distance(ours, theirs) < 1e-3
+    source = logits(load(tiny_llama), ids)
+    assert 0.001 < distance(ours, source) < 0.5, "the source's own logits would prove nothing"
+
+
+def test_transformers_loads_shards(tiny_llama: Path, tmp_path: Path, ids: torch.Tensor) -> None:
+    quantize.run(str(tiny_llama), tmp_path / "out", Recipe(), text=TEXT, max_shard_size=60_000)
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 3
+    assert distance(logits(load(tmp_path / "out"), ids), logits(transformers_loads(tmp_path / "out"), ids)) < 1e-3
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq"])
+def test_transformers_loads_what_was_a_gguf(tiny_gguf: Path, tmp_path: Path, ids: torch.Tensor, method: str) -> None:
+    quantize.run(str(tiny_gguf), tmp_path / "out", Recipe(method=method, sym=False), text=TEXT)
+    assert distance(logits(load(tmp_path / "out"), ids), logits(transformers_loads(tmp_path / "out"), ids)) < 1e-3
+
+
+def test_transformers_generates_as_we_do(artifacts: Artifacts, ids: torch.Tensor) -> None:
+    directory = artifacts(CASES["awq-w4-asym-g64"])
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
+    ours, theirs = (
+        model.generate(ids[:, :20], attention_mask=torch.ones(1, 20, dtype=torch.int64), **options)
+        for model in (load(directory), transformers_loads(directory))
+    )
+    assert ours.shape == (1, 32)
+    assert torch.equal(ours, theirs)
+
+
+def test_linears_stay_packed_in_memory(artifacts: Artifacts) -> None:
+    model = load(artifacts(CASES["w4-asym-g64"]))
+    linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    assert len(linears) == 14
+    packed = sum(buffer.nbytes for module in linears for buffer in module.buffers())
+    assert packed < 0.6 * sum(module.in_features * module.out_features for module in linears)
+    assert {type(module).__name__ for module in model.modules()} >= {"QuantLinear", "LlamaRMSNorm"}
+
+
+# --- the awq format
+
+
+def decode_awq(tensors: dict[str, torch.Tensor], module: str, group_size: int) -> torch.Tensor:
+    """W float32 [N, K] of an AutoAWQ GEMM module, nibble by nibble. Order: reference/formats.md's golden word."""
+    qweight, qzeros, scales = (tensors[f"{module}.{suffix}"] for suffix in ("qweight", "qzeros", "scales"))
+    columns, words = qweight.shape
+    weight = torch.zeros(words * 8, columns)
+    shift_of_channel = (0, 16, 4, 20, 8, 24, 12, 28)  # 0x75316420: channel 1 is in bits 19..16
+    for word in range(words):
+        for channel, shift in enumerate(shift_of_channel):
+            row = word * 8 + channel
+            codes = (qweight[:, word].long() >> shift) & 15
+            zeros = (qzeros[:, word].long() >> shift) & 15
+            for group in range(columns // group_size):
+                span = slice(group * group_size, (group + 1) * group_size)
+                weight[row, span] = scales[group, row].float() * (codes[span] - zeros[group])
+    return weight
+
+
+def dense(directory: Path, out: Path, group_size: int) -> Path:
+    """An awq artifact as a float checkpoint."""
+    from safetensors.torch import save_file
+
+    shutil.copytree(directory, out)
+    tensors = load_file(out / "model.safetensors")
+    modules = [name.removesuffix(".qweight") for name in tensors if name.endswith(".qweight")]
+    weights = {f"{module}.weight": decode_awq(tensors, module, group_size) for module in modules}
+    kept = {n: t.float() for n, t in tensors.items() if n.rpartition(".")[2] not in ("qweight", "qzeros", "scales")}
+    save_file({**kept, **weights}, out / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((out / "config.json").read_text())
+    section = config.pop("quantization_config")
+    assert (section["quant_method"], section["bits"], section["group_size"]) == ("awq", 4, group_size)
+    assert (section["version"], section["zero_point"]) == ("gemm", True)
+    assert len(modules) == 14
+    (out / "config.json").write_text(json.dumps(config))
+    return out
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [Recipe(format="awq", group_size=64), Recipe(method="awq", format="awq", group_size=128, sym=False)],
+    ids=lambda recipe: recipe.method,
+)
+def test_the_awq_format_through_a_decoder_of_our_own(
+    artifacts: Artifacts, tiny_llama: Path, tmp_path: Path, ids: torch.Tensor, recipe: Recipe
+) -> None:
+    directory = artifacts(recipe)
+    assert recipe.group_size is not None
+    theirs = logits(transformers_loads(dense(directory, tmp_path / "dense", recipe.group_size)), ids)
+    ours = logits(load(directory), ids)
+    assert distance(ours, theirs) < 1e-3
+    assert 0.001 < distance(ours, logits(load(tiny_llama), ids)) < 0.5
+
+
+def test_both_formats_hold_the_same_model(artifacts: Artifacts, ids: torch.Tensor) -> None:
+    both = [Recipe(method="awq", format=name, group_size=64, sym=False) for name in ("compressed-tensors", "awq")]
+    a, b = (logits(load(artifacts(recipe)), ids) for recipe in both)
+    assert distance(a, b) < 1e-3
+
+
+# --- what was lost
+
+
+def test_awq_loses_less_than_rtn(artifacts: Artifacts, tiny_llama: Path) -> None:
+    text = TextOptions(split="test", num_samples=24, seq_len=96)
+    results = {}
+    for method in ("rtn", "awq"):
+        directory = artifacts(Recipe(method=method, bits=3, group_size=128, sym=False))
+        results[method] = eval_ppl.run(str(directory), text=text, reference=str(tiny_llama))
+    source = results["rtn"].reference_perplexity
+    assert source is not None
+    assert source < 40, "far below the 320 of chance"
+    assert abs(results["awq"].perplexity / source - 1) < 0.02
+    kld = {method: result.kl_divergence for method, result in results.items()}
+    assert kld["rtn"] is not None
+    assert kld["awq"] is not None
+    assert 0 < kld["awq"] < 0.5 * kld["rtn"]
+    assert (results["awq"].top1_agreement or 0) > (results["rtn"].top1_agreement or 1)
+
+
+def test_more_bits_lose_less(artifacts: Artifacts, tiny_llama: Path) -> None:
+    text = TextOptions(split="test", num_samples=8, seq_len=96)
+    divergence = []
+    for bits in (2, 3, 4, 6, 8):
+        directory = artifacts(Recipe(bits=bits, group_size=64, sym=False))
+        divergence.append(eval_ppl.run(str(directory), text=text, reference=str(tiny_llama)).kl_divergence)
+    assert all(fewer > 2 * more for fewer, more in zip(divergence[:-1], divergence[1:], strict=True)), divergence
+
+
+def test_a_real_model(shared: Path, tmp_path: Path) -> None:
+    """TinyStories-656K stores its tied matrix as lm_head.weight only."""
+    model = shared / "models/tinystories-656k"
+    text = TextOptions(dataset=str(shared / "data/stories.txt"), num_samples=8, seq_len=128)
+    divergence = {}
+    for method in ("rtn", "awq"):
+        out = tmp_path / method
+        quantize.run(str(model), out, Recipe(method=method, group_size=64, sym=False), text=text)
+        ids = torch.arange(100, 164)[None]
+        assert distance(logits(load(out), ids), logits(transformers_loads(out), ids)) < 1e-3
+        divergence[method] = eval_ppl.run(str(out), text=text, reference=str(model)).kl_divergence
+    assert divergence["awq"] < 0.8 * divergence["rtn"]
