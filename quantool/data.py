@@ -6,6 +6,7 @@ that do not overlap. Only as much text is read as the windows asked for need.
 """
 
 import ast
+import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -122,7 +123,9 @@ def documents_of(options: TextOptions) -> Iterator[str]:
 
 
 def _file_documents(path: Path, options: TextOptions) -> Iterator[str]:
-    if path.suffix in (".jsonl", ".json", ".parquet"):
+    if path.suffix in {".jsonl", ".json", ".parquet"}:
+        if not path.stat().st_size:
+            raise QuantoolError(f"dataset '{options.dataset}': the file is empty", hint="use a file that has text")
         kind = "parquet" if path.suffix == ".parquet" else "json"
         return _column(_load_dataset(kind, options, data_files=str(path), split="train"), options)
     return _text_file(path)
@@ -158,15 +161,28 @@ def _column(rows: Iterable[dict[str, Any]], options: TextOptions) -> Iterator[st
             if options.text_column not in row:
                 raise UsageError(
                     f"dataset '{options.dataset}': no column '{options.text_column}', it has {', '.join(sorted(row))}",
-                    hint=f"use --text-column {min(row)}" if row else None,
+                    hint=_column_hint(row),
                 )
-            yield str(row[options.text_column])
+            text = row[options.text_column]
+            if not isinstance(text, str | None):
+                raise UsageError(
+                    f"dataset '{options.dataset}': column '{options.text_column}' holds {type(text).__name__}, "
+                    "expected text",
+                    hint=_column_hint(row),
+                )
+            if text:
+                yield text
     except QuantoolError:
         raise
     except Exception as error:  # a damaged file surfaces as one of many classes of pyarrow and datasets
         raise QuantoolError(
             f"dataset '{options.dataset}' cannot be read: {_first_line(error)}", hint="check the file"
         ) from error
+
+
+def _column_hint(row: dict[str, Any]) -> str:
+    named = [name for name, value in row.items() if isinstance(value, str)]
+    return f"use --text-column {named[0]}" if named else "use a dataset that has a column of text"
 
 
 def _first_line(error: Exception) -> str:
@@ -185,12 +201,21 @@ def builtin_documents(split: str) -> Iterator[str]:
 def _documentation() -> Iterator[str]:
     from pydoc_data.topics import topics
 
+    seen: set[str] = set()
     for name in sorted(topics):
-        yield topics[name]
+        yield from _unseen(topics[name], seen)
     library = Path(sysconfig.get_path("stdlib"))
     for source in sorted(library.rglob("*.py")):
         if NOT_DOCUMENTATION.isdisjoint(source.relative_to(library).parts) and (text := JOIN.join(_docstrings(source))):
-            yield text
+            yield from _unseen(text, seen)
+
+
+def _unseen(document: str, seen: set[str]) -> Iterator[str]:
+    """The document without paragraphs that an earlier one has: topics repeat each other, train must not hold test."""
+    paragraphs = [text for part in re.split(r"\n\s*\n", document) if (text := part.strip()) not in seen]
+    seen.update(paragraphs)
+    if paragraphs:
+        yield JOIN.join(paragraphs)
 
 
 def _docstrings(source: Path) -> Iterator[str]:

@@ -3,6 +3,7 @@
 The logits that others compute from an artifact are those that `quantool.load` computes from it.
 """
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -139,15 +140,14 @@ def test_transformers_loads_what_was_a_gguf(tiny_gguf: Path, tmp_path: Path, ids
     assert distance(logits(load(tmp_path / "out"), ids), logits(transformers_loads(tmp_path / "out"), ids)) < 1e-3
 
 
-def test_transformers_generates_as_we_do(artifacts: Artifacts, ids: torch.Tensor) -> None:
+def test_generate_takes_the_best_token_of_transformers(artifacts: Artifacts, ids: torch.Tensor) -> None:
     directory = artifacts(CASES["awq-w4-asym-g64"])
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 1}
-    ours, theirs = (
-        model.generate(ids[:, :20], attention_mask=torch.ones(1, 20, dtype=torch.int64), **options)
-        for model in (load(directory), transformers_loads(directory))
-    )
-    assert ours.shape == (1, 32)
-    assert torch.equal(ours, theirs)
+    text = load(directory).generate(ids[:, :20], attention_mask=torch.ones(1, 20, dtype=torch.int64), **options)
+    assert text.shape == (1, 32)
+    theirs = logits(transformers_loads(directory), text)[0, 19:-1]
+    chosen = theirs.gather(1, text[0, 20:, None]).squeeze(1)
+    assert (theirs.amax(1) - chosen).max() < 0.02, "no more than a tie"
 
 
 def test_linears_stay_packed_in_memory(artifacts: Artifacts) -> None:
@@ -246,7 +246,7 @@ def test_more_bits_lose_less(artifacts: Artifacts, tiny_llama: Path) -> None:
     for bits in (2, 3, 4, 6, 8):
         directory = artifacts(Recipe(bits=bits, group_size=64, sym=False))
         divergence.append(eval_ppl.run(str(directory), text=text, reference=str(tiny_llama)).kl_divergence)
-    assert all(fewer > 2 * more for fewer, more in zip(divergence[:-1], divergence[1:], strict=True)), divergence
+    assert all(fewer > 2 * more for fewer, more in itertools.pairwise(divergence)), divergence
 
 
 def test_a_real_model(shared: Path, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     for name, known in DTYPES.items():
         if known == dtype:
             return name
-    raise QuantoolError(f"safetensors cannot store {dtype}, expected one of {', '.join(DTYPES)}")
+    raise QuantoolError(f"safetensors cannot store {dtype}, expected one of {', '.join(DTYPES)}", hint=DOWNLOAD_AGAIN)
 
 
 def nbytes(dtype: str, shape: Iterable[int]) -> int:
@@ -142,7 +142,7 @@ class SafetensorsCheckpoint:
     def read(self, name: str) -> torch.Tensor:
         """The tensor as a view of its mapped shard, see MappedFile.read."""
         if name not in self._files:
-            raise QuantoolError(f"{self.path}: there is no tensor {name!r}")
+            raise QuantoolError(f"{self.path}: there is no tensor {name!r}", hint=DOWNLOAD_AGAIN)
         return self._files[name].read(name)
 
     def drop(self, name: str) -> None:
@@ -183,7 +183,9 @@ def read_json(path: Path) -> dict[str, Any]:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_HEADER_BYTES:
-            raise QuantoolError(f"{path}: has {size} bytes, expected at most {MAX_HEADER_BYTES} bytes of JSON")
+            raise QuantoolError(
+                f"{path}: has {size} bytes, expected at most {MAX_HEADER_BYTES} bytes of JSON", hint=DOWNLOAD_AGAIN
+            )
         try:
             return _json_object(file.read())
         except (ValueError, RecursionError) as error:
@@ -245,7 +247,7 @@ def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any],
 
 def _metadata(path: Path, value: Any) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
-        raise QuantoolError(f"{path}: bad header: __metadata__ is not an object of strings")
+        raise QuantoolError(f"{path}: bad header: __metadata__ is not an object of strings", hint=DOWNLOAD_AGAIN)
     return value
 
 
@@ -253,17 +255,25 @@ def _span(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
     """One header entry, checked for itself: (info, begin, end)."""
     where = f"{path.name}: tensor {name!r}:"
     if not isinstance(entry, dict):
-        raise QuantoolError(f"{where} bad header: the entry is {type(entry).__name__}, expected an object")
+        raise QuantoolError(
+            f"{where} bad header: the entry is {type(entry).__name__}, expected an object", hint=DOWNLOAD_AGAIN
+        )
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise QuantoolError(f"{where} unknown dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
+        raise QuantoolError(
+            f"{where} unknown dtype {dtype!r}, expected one of {', '.join(DTYPES)}", hint=DOWNLOAD_AGAIN
+        )
     if not _naturals(shape) or len(shape) > MAX_DIMENSIONS or nbytes(dtype, (max(n, 1) for n in shape)) >= 1 << 63:
-        raise QuantoolError(f"{where} shape is {_short(shape)}, expected a list of sizes a tensor can have")
+        raise QuantoolError(
+            f"{where} shape is {_short(shape)}, expected a list of sizes a tensor can have", hint=DOWNLOAD_AGAIN
+        )
     if not _naturals(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] < 1 << 63:
-        raise QuantoolError(f"{where} data_offsets is {_short(offsets)}, expected [begin, end]")
+        raise QuantoolError(f"{where} data_offsets is {_short(offsets)}, expected [begin, end]", hint=DOWNLOAD_AGAIN)
     needed, (begin, end) = nbytes(dtype, shape), offsets
     if needed != end - begin:
-        raise QuantoolError(f"{where} shape {shape} {dtype} needs {needed} bytes, the file has {end - begin}")
+        raise QuantoolError(
+            f"{where} shape {shape} {dtype} needs {needed} bytes, the file has {end - begin}", hint=DOWNLOAD_AGAIN
+        )
     return TensorInfo(name, tuple(shape), dtype, needed, path), begin, end
 
 
@@ -282,9 +292,15 @@ def _check_cover(path: Path, ordered: list[tuple[TensorInfo, int, int]], size: i
     for info, begin, end in ordered:
         where = f"{path.name}: tensor {info.name!r}:"
         if begin < reached:
-            raise QuantoolError(f"{where} starts at byte {begin}, before the tensor in front of it ends at {reached}")
+            raise QuantoolError(
+                f"{where} starts at byte {begin}, before the tensor in front of it ends at {reached}",
+                hint=DOWNLOAD_AGAIN,
+            )
         if begin > reached:
-            raise QuantoolError(f"{where} starts at byte {begin}, expected {reached}: no tensor owns the bytes between")
+            raise QuantoolError(
+                f"{where} starts at byte {begin}, expected {reached}: no tensor owns the bytes between",
+                hint=DOWNLOAD_AGAIN,
+            )
         if end > size:
             total = max(last for _, _, last in ordered)
             raise QuantoolError(
@@ -303,7 +319,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise QuantoolError(f"{path}: {error.strerror or error}") from error
     if not names:
-        raise QuantoolError(f"{path}: the directory is empty, expected config.json and *.safetensors")
+        raise QuantoolError(
+            f"{path}: the directory is empty, expected config.json and *.safetensors", hint=DOWNLOAD_AGAIN
+        )
     if "config.json" not in names:
         found = sorted(names)
         listing = ", ".join(repr(name) for name in found[:3]) + (", ..." if len(found) > 3 else "")
@@ -344,7 +362,9 @@ def pickle_error(file: Path, directory: Path) -> QuantoolError:
 def _read_index(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise QuantoolError(f"{index}: weight_map is {_short(weight_map)}, expected tensor names and files")
+        raise QuantoolError(
+            f"{index}: weight_map is {_short(weight_map)}, expected tensor names and files", hint=DOWNLOAD_AGAIN
+        )
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise QuantoolError(
@@ -363,7 +383,9 @@ def _files_by_tensor(files: list[MappedFile]) -> dict[str, MappedFile]:
     for file in files:
         for name in file.infos:
             if name in owners:
-                raise QuantoolError(f"{file.path}: tensor {name!r} is also in {owners[name].path.name}")
+                raise QuantoolError(
+                    f"{file.path}: tensor {name!r} is also in {owners[name].path.name}", hint=DOWNLOAD_AGAIN
+                )
             owners[name] = file
     return owners
 
@@ -371,7 +393,9 @@ def _files_by_tensor(files: list[MappedFile]) -> dict[str, MappedFile]:
 def _check_index(path: Path, index: dict[str, str], owners: Mapping[str, MappedFile]) -> None:
     for name, shard in index.items():
         if name not in owners or owners[name].path.name != shard:
-            raise QuantoolError(f"{path / shard}: has no tensor {name!r}, which the index puts there")
+            raise QuantoolError(
+                f"{path / shard}: has no tensor {name!r}, which the index puts there", hint=DOWNLOAD_AGAIN
+            )
     for name, file in owners.items():
         if name not in index:
-            raise QuantoolError(f"{file.path}: tensor {name!r} is not in the index")
+            raise QuantoolError(f"{file.path}: tensor {name!r} is not in the index", hint=DOWNLOAD_AGAIN)

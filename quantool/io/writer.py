@@ -175,9 +175,7 @@ def write_file(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mappin
     """
     path = Path(os.path.realpath(path))
     check_output_file(path, overwrite)
-    plan = [PlannedTensor(name, dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in tensors.items()]
-    _check_plan(plan)
-    file, temporary, parents = _plan_file(path.name, plan, metadata), _temporary(path), _missing_parents(path)
+    file, temporary, parents = _plan_of(path.name, tensors, metadata), _temporary(path), _missing_parents(path)
     try:
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -199,6 +197,17 @@ def write_file(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mappin
             with contextlib.suppress(OSError):
                 parent.rmdir()
     return file.nbytes
+
+
+def file_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> int:
+    """Size of what `write_file` would write; the tensors may be on the meta device."""
+    return _plan_of("", tensors, metadata).nbytes
+
+
+def _plan_of(name: str, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> _File:
+    plan = [PlannedTensor(key, dtype_name(tensor.dtype), tuple(tensor.shape)) for key, tensor in tensors.items()]
+    _check_plan(plan)
+    return _plan_file(name, plan, metadata)
 
 
 def check_output_file(path: Path, overwrite: bool) -> None:
@@ -347,4 +356,6 @@ def _writing(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in FULL_DISK:
             raise QuantoolError(f"{path}: cannot be written: {error.strerror}", hint=FREE_SPACE) from error
-        raise QuantoolError(f"{path}: cannot be written: {error.strerror or error}") from error
+        raise QuantoolError(
+            f"{path}: cannot be written: {error.strerror or error}", hint="choose another -o"
+        ) from error

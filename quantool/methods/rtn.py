@@ -3,35 +3,64 @@
     scale = (max - min) / (2**bits - 1)      asymmetric, zero always on the grid
     scale = max|w| / ((2**bits - 1) / 2)     symmetric
 
-With `mse` the range is shrunk where that lowers the squared error of the weights. Rows are taken in pieces that
-stay in the processor's cache between the passes: the whole matrix never exists in float32.
+With `mse` the range is shrunk and the scale fitted where that lowers the squared error of the weights.
+
+Rows are taken in pieces so small that torch computes each on one core, and as many pieces at a time as torch has
+threads: the passes over a piece stay in that core's cache, no pass waits for another core, and the matrix never
+exists in float32.
 """
+
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from quantool.methods.clip import quantize_clipped
-from quantool.quant import QuantizedTensor, RoundScales, choose_qparams, quantize_affine, row_pieces
+from quantool.quant import QuantizedTensor, RoundScales, choose_qparams, quantize_affine
 from quantool.scheme import PER_TENSOR, QuantScheme
+
+PIECE = 32767  # weights: at::internal::GRAIN_SIZE is 32768, from which on torch splits an operation over threads
 
 
 def quantize_weight(
     weight: torch.Tensor, scheme: QuantScheme, round_scales: RoundScales, *, mse: bool
 ) -> QuantizedTensor:
     """W float [N, K] in any dtype -> its codes."""
-    if mse or scheme.group_size == PER_TENSOR:
-        return _quantize_piece(weight.to(torch.float32), scheme, round_scales, mse)
-    pieces = [_quantize_piece(piece.to(torch.float32), scheme, round_scales, mse) for piece in row_pieces(weight)]
-    zeros = [piece.zeros for piece in pieces if piece.zeros is not None]
-    return QuantizedTensor(
-        torch.cat([piece.codes for piece in pieces]),
-        torch.cat([piece.scales for piece in pieces]),
-        torch.cat(zeros) if zeros else None,
-        scheme,
-    )
+    if scheme.group_size == PER_TENSOR:
+        return _quantize_piece(weight, scheme, round_scales, mse)
+    rows = max(1, PIECE // weight.shape[1])
+    threads = torch.get_num_threads()
+    first = _quantize_piece(weight[:rows], scheme, round_scales, mse)
+    out = _room_for(weight.shape[0], first)
+    _put(out, 0, first)
+
+    @torch.inference_mode()  # a setting of each thread
+    def fill(worker: int) -> None:
+        for start in range(rows * (worker + 1), weight.shape[0], rows * threads):
+            _put(out, start, _quantize_piece(weight[start : start + rows], scheme, round_scales, mse))
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(fill, range(threads)))
+    return out
+
+
+def _room_for(rows: int, piece: QuantizedTensor) -> QuantizedTensor:
+    """Tensors like those of `piece` with N = `rows`."""
+    codes, scales = (t.new_empty(rows, t.shape[1]) for t in (piece.codes, piece.scales))
+    zeros = None if piece.zeros is None else piece.zeros.new_empty(rows, piece.zeros.shape[1])
+    return QuantizedTensor(codes, scales, zeros, piece.scheme)
+
+
+def _put(out: QuantizedTensor, start: int, piece: QuantizedTensor) -> None:
+    end = start + piece.codes.shape[0]
+    out.codes[start:end] = piece.codes
+    out.scales[start:end] = piece.scales
+    if out.zeros is not None and piece.zeros is not None:
+        out.zeros[start:end] = piece.zeros
 
 
 def _quantize_piece(weight: torch.Tensor, scheme: QuantScheme, round_scales: RoundScales, mse: bool) -> QuantizedTensor:
+    wide = weight.to(torch.float32)
     if mse:
-        return quantize_clipped(weight, scheme, round_scales)
-    scales, zeros = choose_qparams(weight, scheme, round_scales)
-    return QuantizedTensor(quantize_affine(weight, scales, zeros, scheme), scales, zeros, scheme)
+        return quantize_clipped(wide, scheme, round_scales)
+    scales, zeros = choose_qparams(wide, scheme, round_scales)
+    return QuantizedTensor(quantize_affine(wide, scales, zeros, scheme), scales, zeros, scheme)

@@ -14,7 +14,7 @@ by a stub that records what the block was called with and passes the hidden stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -60,6 +60,11 @@ class Block:
         """Run every batch of calibration states; the caller's hooks on the linears see their inputs."""
         for hidden in self.states.hidden:
             yield self.run(hidden)
+
+
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """A projection [out_features, in_features], float or packed."""
+    return all(isinstance(getattr(module, size, None), int) for size in ("in_features", "out_features"))
 
 
 def _hidden(output: Any) -> torch.Tensor:
@@ -139,7 +144,7 @@ def stream_blocks(
         module = network.model.get_submodule(name)
         which = [tensor for tensor, _ in tensors_of(module, name)]
         materialise(network, checkpoint, names, which)
-        linears = {path: m for path, m in module.named_modules(prefix=name) if isinstance(m, nn.Linear)}
+        linears: dict[str, nn.Linear] = {p: m for p, m in module.named_modules(prefix=name) if is_linear(m)}
         block = Block(name, index, module, linears, states)
         yield block
         for i, output in enumerate(block.replay()):

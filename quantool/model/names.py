@@ -18,6 +18,7 @@ DECODER_CLASSES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)$")
 EMBEDDING = re.compile(r"embed(?!_out)|wte|wpe", re.IGNORECASE)
 HEADS = ("lm_head", "embed_out")
+MOST_LAYERS = 10_000
 TRANSPOSED = frozenset({"gpt2", "openai-gpt"})  # Conv1D stores [in_features, out_features]
 
 
@@ -45,6 +46,19 @@ def require_decoder(checkpoint: Checkpoint) -> None:
             hint="quantool handles models that transformers' AutoModelForCausalLM loads",
         )
     check_depth(checkpoint, config.get("num_hidden_layers"))
+    _check_counts(config, str(where))
+
+
+def _check_counts(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a number of layers or labels that would keep transformers building for hours."""
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_counts(value, where)
+        elif isinstance(value, int) and value > MOST_LAYERS and ("layer" in key or key == "num_labels"):
+            raise QuantoolError(
+                f"{where}: {key} is {value}, expected at most {MOST_LAYERS}",
+                hint="point MODEL at the directory that holds the model's own config.json",
+            )
 
 
 def check_depth(checkpoint: Checkpoint, depth: Any) -> None:

@@ -62,6 +62,11 @@ def build_network(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = 
 
     require_decoder(checkpoint)
     config = _config(checkpoint)
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise QuantoolError(
+            f"{checkpoint.path}: {type(config).__name__} is no decoder language model that AutoModelForCausalLM builds",
+            hint="quantool handles models that transformers' AutoModelForCausalLM loads",
+        )
     check_depth(checkpoint, getattr(config, "num_hidden_layers", None))
     try:
         with torch.device("meta"):
@@ -163,8 +168,9 @@ def checkpoint_names(network: Network, checkpoint: Checkpoint) -> dict[str, str]
     names: dict[str, str] = {}
     for name, tensor in tensors_of(model):
         choices = [name, name.removeprefix(prefix)]
-        if tensor is getattr(head, "weight", None):
-            choices += [f"{other}.weight" for other in HEADS]
+        owner, _, leaf = name.rpartition(".")
+        if owner in HEADS or tensor is getattr(head, "weight", None):
+            choices += [f"{other}.{leaf}" for other in HEADS]
         found = next((choice for choice in choices if choice in checkpoint.infos), None)
         if found is None:
             raise QuantoolError(

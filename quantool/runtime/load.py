@@ -16,6 +16,7 @@ from quantool.errors import QuantoolError
 from quantool.formats import Format, detect
 from quantool.io import Checkpoint, TensorInfo, open_checkpoint
 from quantool.io.safetensors import DTYPES, dtype_name
+from quantool.model.names import HEADS
 from quantool.model.skeleton import Network, build_network, checkpoint_names, materialise, tensors_of
 from quantool.quant import QuantizedTensor
 from quantool.runtime.linear import QuantLinear, packed_shapes, runtime_tensors
@@ -61,7 +62,8 @@ def _replace_linears(network: Network, packed: "PackedCheckpoint") -> None:
     prefix = f"{network.model.base_model_prefix}."
     missing = set(packed.schemes)
     for name, module in list(network.model.named_modules()):
-        stored = next((n for n in (name, name.removeprefix(prefix)) if n in packed.schemes), None)
+        spellings = (name, name.removeprefix(prefix), *(HEADS if name in HEADS else ()))
+        stored = next((n for n in spellings if n in packed.schemes), None)
         if stored is None:
             continue
         if not isinstance(module, nn.Linear):

@@ -19,8 +19,8 @@ from quantool.data import Progress, TextOptions, no_progress, resolve_seq_len, t
 from quantool.errors import QuantoolError, UsageError
 from quantool.io import Checkpoint
 from quantool.io.safetensors import MappedFile
-from quantool.io.writer import check_output_file, write_file
-from quantool.model.blocks import embed, stream_blocks
+from quantool.io.writer import check_output_file, file_bytes, write_file
+from quantool.model.blocks import embed, is_linear, stream_blocks
 from quantool.model.skeleton import Network, load_tokenizer
 from quantool.runtime import Opened, open_model
 from quantool.stages.resources import Stopwatch, peak_memory_bytes
@@ -64,15 +64,16 @@ def run(
     opened = open_model(model, dtype=dtype, device=device)
     windows = sample_windows(opened.network, opened.checkpoint, text)
     tensors: dict[str, torch.Tensor] = {"input_ids": windows.to(torch.int32)}
-    linears = sum(isinstance(module, nn.Linear) for block in opened.network.blocks for module in block.modules())
-    if not dry_run:
+    metadata = _metadata(opened.checkpoint, text, windows)
+    if dry_run:
+        tensors |= _planned(opened)
+        size = file_bytes(tensors, metadata)
+    else:
         tensors |= record(opened, windows, batch_size, progress)
-    size = 0
-    if not dry_run:
-        size = write_file(output, tensors, _metadata(opened.checkpoint, text, windows), overwrite=overwrite)
+        size = write_file(output, tensors, metadata, overwrite=overwrite)
     return CalibrateResult(
         output=str(output),
-        linears=linears,
+        linears=sum(name.endswith(".tokens") for name in tensors),
         tokens=windows.numel(),
         num_samples=windows.shape[0],
         seq_len=windows.shape[1],
@@ -84,6 +85,25 @@ def run(
     )
 
 
+def _planned(opened: Opened) -> dict[str, torch.Tensor]:
+    """What `record` would return, on the meta device."""
+    tensors: dict[str, torch.Tensor] = {}
+    for block, module in zip(opened.network.block_names, opened.network.blocks, strict=True):
+        for name, linear in module.named_modules(prefix=block):
+            if is_linear(linear):
+                stored = _stored_name(opened, name)
+                for statistic in ("act_amax", "act_mean_sq"):
+                    tensors[f"{stored}.{statistic}"] = torch.empty(linear.in_features, device="meta")
+                tensors[f"{stored}.tokens"] = torch.empty(1, dtype=torch.int64, device="meta")
+    return tensors
+
+
+def _stored_name(opened: Opened, linear: str) -> str:
+    """What the checkpoint calls a linear of the network."""
+    weight = f"{linear}.weight" if f"{linear}.weight" in opened.names else f"{linear}.qweight"
+    return opened.names[weight].rpartition(".")[0]
+
+
 def record(opened: Opened, windows: torch.Tensor, batch_size: int, progress: Progress) -> dict[str, torch.Tensor]:
     """Statistics of every linear's input, under the names that the checkpoint gives its weights."""
     tensors: dict[str, torch.Tensor] = {}
@@ -93,7 +113,7 @@ def record(opened: Opened, windows: torch.Tensor, batch_size: int, progress: Pro
     for block in stream_blocks(opened.network, opened.checkpoint, opened.names, states):
         for name, linear in block.linears.items():
             # Stays registered: the block runs when the stream resumes, once, and is released.
-            linear.register_forward_pre_hook(_recorder(tensors, opened.names[f"{name}.weight"].removesuffix(".weight")))
+            linear.register_forward_pre_hook(_recorder(tensors, _stored_name(opened, name)))
         progress(block.index + 1, total, "calibrating")
     _require_finite(tensors)
     return tensors

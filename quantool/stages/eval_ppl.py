@@ -146,13 +146,13 @@ def _overlapping(windows: torch.Tensor, stride: int) -> tuple[torch.Tensor, int]
 
 def _require_same_vocabulary(opened: list[Opened], windows: torch.Tensor) -> None:
     for one in opened[1:]:
-        require_vocabulary(windows, one.network, f"{opened[0].checkpoint.path}: its tokenizer")
         sizes = [o.network.model.config.vocab_size for o in opened]
         if sizes[0] != sizes[1]:
             raise UsageError(
                 f"--reference {one.checkpoint.path} has a vocabulary of {sizes[1]}, the model one of {sizes[0]}",
                 hint="compare with the checkpoint that the model was made from",
             )
+        require_vocabulary(windows, one.network, f"{opened[0].checkpoint.path}: its tokenizer")
 
 
 def _result(model: str, text: TextOptions, windows: torch.Tensor, scores: _Scores, watch: Stopwatch) -> EvalResult:
@@ -186,4 +186,6 @@ def _exp(value: float) -> float:
 
 
 def _standard_error(values: torch.Tensor) -> float:
+    if values.numel() < 2:
+        return math.nan
     return (values.std() / math.sqrt(values.numel())).item()

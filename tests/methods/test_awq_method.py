@@ -1,4 +1,4 @@
-"""AWQ on tiny models whose channels differ in size as those of real ones do: what it gains, and what it must not change."""
+"""AWQ on tiny models whose channels differ in size as real ones do: what it gains, and what it must not change."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -104,24 +104,22 @@ def output_error(
     return relative(outputs(block), wanted)
 
 
-# RTN's error over AWQ's as measured: llama 2.5 and 1.9, gemma 3.3 and 3.0, phi3 2.0 and 1.9, cohere 1.7 and 1.5.
-@pytest.mark.parametrize("scheme", [ASYM_4, QuantScheme(3, 32, sym=True)], ids=str)
+# Measured, at 4 and at 3 bits: llama 3.0 and 1.36, gemma 2.6 and 1.66, phi3 2.4 and 1.66, cohere 2.5 and 1.42.
+@pytest.mark.parametrize(("scheme", "factor"), [(ASYM_4, 1.8), (QuantScheme(3, 32, sym=True), 1.15)], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gemma", "phi3", "cohere"])
-def test_the_blocks_output_is_much_closer_than_after_rounding(family: str, scheme: QuantScheme) -> None:
+def test_the_blocks_output_is_much_closer_than_after_rounding(family: str, scheme: QuantScheme, factor: float) -> None:
     model = uneven(family)
     error = output_error(model, awq, scheme)
-    print('BLOCK', family, scheme, output_error(model, rtn, scheme)/error, output_error(model, lambda block, schemes: rtn(block, schemes, mse=True), scheme)/error)
-    assert 0 < error < output_error(model, rtn, scheme) / 1.3
+    assert 0 < error < output_error(model, rtn, scheme) / factor
 
 
-# Measured factors are beside each.
 @pytest.mark.parametrize(
     ("only", "factor"),
     [
-        (("q_proj", "k_proj", "v_proj"), 1.3),
-        (("o_proj",), 1.3),
-        (("gate_proj", "up_proj"), 1.3),
-        (("down_proj",), 1.3),
+        (("q_proj", "k_proj", "v_proj"), 1.8),  # measured: 2.6 to 3.2
+        (("o_proj",), 1.3),  # 1.6 to 1.9
+        (("gate_proj", "up_proj"), 2.0),  # 2.9 to 3.8
+        (("down_proj",), 1.5),  # 2.1 to 2.6
     ],
 )
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -130,7 +128,6 @@ def test_every_group_gains_from_its_own_scale(only: tuple[str, ...], factor: flo
     model = uneven(num_key_value_heads=kv_heads)
     error = output_error(model, awq, ASYM_4, only)
     clipped = output_error(model, lambda block, schemes: rtn(block, schemes, mse=True), ASYM_4, only)
-    print("FACTOR", only, kv_heads, clipped / error)
     assert error < clipped / factor
 
 
@@ -163,8 +160,7 @@ def test_without_rounding_the_network_is_unchanged(family: str, changes: dict[st
         norms = [m.weight for n, m in block.module.named_modules() if n.endswith("norm")]
         assert all(torch.equal(weight, weight.to(torch.bfloat16).float()) for weight in norms)
 
-    print('SAME', family, relative(run(model, visit), model(input_ids=WINDOWS).logits))
-    assert relative(run(model, visit), model(input_ids=WINDOWS).logits) < 1e-3
+    assert relative(run(model, visit), model(input_ids=WINDOWS).logits) < 1e-5
     assert moved
 
 
@@ -173,8 +169,7 @@ def test_the_whole_network_is_closer_than_after_rounding() -> None:
     wanted = model(input_ids=WINDOWS).logits
     by_awq = run(model, lambda block: write_back(block, awq(block, schemes_of(block))))
     by_rtn = run(model, lambda block: write_back(block, rtn(block, schemes_of(block))))
-    print("WHOLE", relative(by_rtn, wanted) / relative(by_awq, wanted))
-    assert relative(by_awq, wanted) < relative(by_rtn, wanted) / 1.3
+    assert relative(by_awq, wanted) < relative(by_rtn, wanted) / 1.6  # measured: 2.2
 
 
 @pytest.mark.parametrize("scheme", [ASYM_4, QuantScheme(4, 16, sym=True), QuantScheme(8, PER_CHANNEL)], ids=str)

@@ -99,9 +99,7 @@ def test_every_block_is_called_as_its_own_kind(family: str, tmp_path: Path) -> N
     found = opened(make_model(family), tmp_path)
     states = start(found)
     same = states.hidden[0].clone()
-    outputs = []
-    for block in stream(found, states):
-        outputs.append(block.run(same))
+    outputs = [block.run(same) for block in stream(found, states)]
     assert len(outputs) == len(found.network.block_names)
     calls = states.calls[same.shape]
     assert len(calls) == len(outputs)
