@@ -246,7 +246,7 @@ def test_more_bits_lose_less(artifacts: Artifacts, tiny_llama: Path) -> None:
     for bits in (2, 3, 4, 6, 8):
         directory = artifacts(Recipe(bits=bits, group_size=64, sym=False))
         divergence.append(eval_ppl.run(str(directory), text=text, reference=str(tiny_llama)).kl_divergence)
-    assert all(fewer > 2 * more for fewer, more in itertools.pairwise(divergence)), divergence
+    assert all(fewer > 1.3 * more for fewer, more in itertools.pairwise(divergence)), divergence
 
 
 def test_a_real_model(shared: Path, tmp_path: Path) -> None:

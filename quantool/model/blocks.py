@@ -11,7 +11,7 @@ final norms and logit caps are the family's own: during `embed` and `logits` eac
 by a stub that records what the block was called with and passes the hidden states on.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
@@ -19,7 +19,6 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 
-from quantool.io import Checkpoint
 from quantool.model.skeleton import Network, materialise, release, tensors_of
 
 PROBE_TOKENS = 16
@@ -89,14 +88,7 @@ def _stubs(network: Network, make: Callable[[int, nn.Module], Stub]) -> Iterator
             del block.forward
 
 
-def embed(
-    network: Network,
-    checkpoint: Checkpoint,
-    names: Mapping[str, str],
-    windows: torch.Tensor,
-    *,
-    batch_size: int,
-) -> States:
+def embed(network: Network, windows: torch.Tensor, *, batch_size: int) -> States:
     """Hidden states before block 0 of token windows int64 [num_samples, seq_len], and the call of every block."""
     head = network.model.get_output_embeddings()
     tied = getattr(head, "weight", None) is network.model.get_input_embeddings().weight
@@ -104,7 +96,7 @@ def embed(
     outside = [n for n in network.outside() if tied or head_name is None or not n.startswith(f"{head_name}.")]
     first = [name for name, _ in tensors_of(network.blocks[0], network.block_names[0])]
     base = getattr(network.model, network.model.base_model_prefix)
-    materialise(network, checkpoint, names, outside + first)
+    materialise(network, outside + first)
     states = States(hidden=[])
 
     def make(index: int, module: nn.Module) -> Stub:
@@ -133,9 +125,7 @@ def embed(
     return states
 
 
-def stream_blocks(
-    network: Network, checkpoint: Checkpoint, names: Mapping[str, str], states: States
-) -> Iterator[Block]:
+def stream_blocks(network: Network, states: States) -> Iterator[Block]:
     """Yield each block with its weights in memory; on resumption run it over `states` and release it.
 
     Whatever the consumer did to the weights is what the next block's inputs come from.
@@ -143,7 +133,7 @@ def stream_blocks(
     for index, name in enumerate(network.block_names):
         module = network.model.get_submodule(name)
         which = [tensor for tensor, _ in tensors_of(module, name)]
-        materialise(network, checkpoint, names, which)
+        materialise(network, which)
         linears: dict[str, nn.Linear] = {p: m for p, m in module.named_modules(prefix=name) if is_linear(m)}
         block = Block(name, index, module, linears, states)
         yield block
@@ -153,10 +143,10 @@ def stream_blocks(
 
 
 @contextmanager
-def open_head(network: Network, checkpoint: Checkpoint, names: Mapping[str, str], states: States) -> Iterator[Head]:
+def open_head(network: Network, states: States) -> Iterator[Head]:
     """The final norm and the head, with their weights in memory inside the `with`."""
     outside = network.outside()
-    materialise(network, checkpoint, names, outside)
+    materialise(network, outside)
     current: list[torch.Tensor] = []
 
     def make(_index: int, _module: nn.Module) -> Stub:

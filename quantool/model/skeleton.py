@@ -25,9 +25,11 @@ MESSAGE = 300  # characters of a library's message
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """A transformers model whose parameters are on the meta device until `materialise` reads them."""
+    """A transformers model whose parameters are on the meta device, and where `materialise` reads them from."""
 
     model: Any  # transformers.PreTrainedModel; that class is untyped
+    checkpoint: Checkpoint
+    names: Mapping[str, str]  # the model's tensor name -> the checkpoint's
     block_names: tuple[str, ...]  # "model.layers.0", ...
     dtype: torch.dtype  # of the computation: parameters are cast to it when they are read
     device: torch.device
@@ -51,12 +53,10 @@ def tensors_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torch
                 yield f"{owner_name}.{name}" if owner_name else name, buffer
 
 
-def build_network(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "auto") -> Network:
-    """The network of a checkpoint with every parameter on the meta device and computed buffers in place.
+def build_model(checkpoint: Checkpoint) -> Any:
+    """The transformers model of a checkpoint, on the meta device.
 
-    `dtype` auto computes in float32 on a CPU and in the checkpoint's own dtype elsewhere.
-
-    Raises QuantoolError when transformers has no such decoder or no list of blocks can be found.
+    Raises QuantoolError when transformers has no such decoder.
     """
     import transformers
 
@@ -70,18 +70,32 @@ def build_network(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = 
     check_depth(checkpoint, getattr(config, "num_hidden_layers", None))
     try:
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        where = resolve_device(device)
-        _compute_buffers(model, where)
-    except QuantoolError:
-        raise
+            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # a config with odd values fails anywhere inside a family's code
         raise QuantoolError(
             f"{checkpoint.path}: transformers {transformers.__version__} cannot build it: {_in_one_line(error)}",
             hint="check config.json, or upgrade: pip install -U transformers",
         ) from error
+
+
+def open_network(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "auto") -> Network:
+    """The network of a float checkpoint: `build_model`, then `attach`."""
+    return attach(build_model(checkpoint), checkpoint, dtype=dtype, device=device)
+
+
+def attach(model: Any, checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "auto") -> Network:
+    """A model of `build_model` with every tensor it needs found in the checkpoint, and its computed buffers in place.
+
+    `dtype` auto computes in float32 on a CPU and in the checkpoint's own dtype elsewhere. Raises QuantoolError when
+    a tensor is missing or misshapen, or no list of blocks can be found.
+    """
+    where = resolve_device(device)
+    names = _checkpoint_names(model, checkpoint)
+    block_names = _block_names(model, checkpoint)
+    # After the shapes: an absurd size in config.json must not be allocated.
+    _compute_buffers(model, where)
     compute = resolve_dtype(dtype, where, checkpoint)
-    return Network(model.eval().requires_grad_(False), _block_names(model, checkpoint), compute, where)
+    return Network(model.eval().requires_grad_(False), checkpoint, names, block_names, compute, where)
 
 
 def resolve_device(device: str) -> torch.device:
@@ -130,7 +144,7 @@ def _in_one_line(error: Exception) -> str:
 def _compute_buffers(model: Any, device: torch.device) -> None:
     """Rotary frequencies, embedding scales and the like are in no checkpoint: transformers recomputes them."""
     for module in model.modules():
-        pending = {name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta}
+        pending = {name for name in module._non_persistent_buffers_set if module._buffers[name] is not None}
         if pending:
             for name in pending:
                 module._buffers[name] = torch.empty_like(module._buffers[name], device="cpu")
@@ -156,13 +170,12 @@ def _block_names(model: Any, checkpoint: Checkpoint) -> tuple[str, ...]:
     return tuple(f"{name}.{i}" for i in range(len(blocks)))
 
 
-def checkpoint_names(network: Network, checkpoint: Checkpoint) -> dict[str, str]:
+def _checkpoint_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
     """Module tensor name -> checkpoint tensor name, for every tensor that the network needs.
 
     A checkpoint saved from the base model lacks its prefix ("h.0..." for "transformer.h.0..."), and of two tied
     matrices either may be the one that is stored. Raises QuantoolError naming what is missing or misshapen.
     """
-    model = network.model
     prefix = f"{model.base_model_prefix}."
     head = model.get_output_embeddings()
     names: dict[str, str] = {}
@@ -187,12 +200,12 @@ def checkpoint_names(network: Network, checkpoint: Checkpoint) -> dict[str, str]
     return names
 
 
-def materialise(network: Network, checkpoint: Checkpoint, names: Mapping[str, str], which: list[str]) -> None:
+def materialise(network: Network, which: list[str]) -> None:
     """Read the tensors named in `which` into the network; parameters are cast, packed buffers stay as stored."""
     for name in which:
         owner_name, _, leaf = name.rpartition(".")
         owner = network.model.get_submodule(owner_name)
-        tensor = checkpoint.read(names[name])
+        tensor = network.checkpoint.read(network.names[name])
         if leaf in owner._parameters:
             # A copy even when the dtype is right: methods change weights in place, a mapped file must not.
             value = nn.Parameter(tensor.to(network.device, network.dtype, copy=True), requires_grad=False)
@@ -200,7 +213,7 @@ def materialise(network: Network, checkpoint: Checkpoint, names: Mapping[str, st
                 module._parameters[alias] = value
         else:
             owner._buffers[leaf] = tensor.to(network.device, copy=True)
-        checkpoint.drop(names[name])
+        network.checkpoint.drop(network.names[name])
 
 
 def release(network: Network, which: list[str]) -> None:

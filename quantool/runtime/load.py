@@ -5,7 +5,6 @@ same block stream and the same names serve float models, GGUF files and every qu
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,34 +16,24 @@ from quantool.formats import Format, detect
 from quantool.io import Checkpoint, TensorInfo, open_checkpoint
 from quantool.io.safetensors import DTYPES, dtype_name
 from quantool.model.names import HEADS
-from quantool.model.skeleton import Network, build_network, checkpoint_names, materialise, tensors_of
+from quantool.model.skeleton import Network, attach, build_model, materialise, tensors_of
 from quantool.quant import QuantizedTensor
 from quantool.runtime.linear import QuantLinear, packed_shapes, runtime_tensors
 
 SCALES = ("weight_scale", "scales")
 
 
-@dataclass(frozen=True, slots=True)
-class Opened:
-    """A network on the meta device and where its tensors come from: what stream_blocks takes."""
-
-    network: Network
-    checkpoint: Checkpoint
-    names: dict[str, str]
-
-
-def open_model(model: str | Path, *, dtype: str = "auto", device: str = "auto") -> Opened:
+def open_model(model: str | Path, *, dtype: str = "auto", device: str = "auto") -> Network:
     """Open MODEL (float, quantized or GGUF) without reading a weight.
 
     Raises QuantoolError when it cannot be read, or is no decoder that transformers builds.
     """
     checkpoint = open_checkpoint(model)
-    network = build_network(checkpoint, dtype=dtype, device=device)
+    built = build_model(checkpoint)
     if (format_ := detect(checkpoint.config)) is not None:
-        packed = PackedCheckpoint(checkpoint, format_)
-        _replace_linears(network, packed)
-        checkpoint = packed
-    return Opened(network, checkpoint, checkpoint_names(network, checkpoint))
+        checkpoint = packed = PackedCheckpoint(checkpoint, format_)
+        _replace_linears(built, packed)
+    return attach(built, checkpoint, dtype=dtype, device=device)
 
 
 def load(path: str | Path, *, dtype: str = "auto", device: str = "auto") -> Any:
@@ -52,16 +41,15 @@ def load(path: str | Path, *, dtype: str = "auto", device: str = "auto") -> Any:
 
     Linears of a quantized artifact stay packed in memory. Raises QuantoolError as `open_model` does.
     """
-    opened = open_model(path, dtype=dtype, device=device)
-    which = [name for name, _ in tensors_of(opened.network.model)]
-    materialise(opened.network, opened.checkpoint, opened.names, which)
-    return opened.network.model
+    network = open_model(path, dtype=dtype, device=device)
+    materialise(network, [name for name, _ in tensors_of(network.model)])
+    return network.model
 
 
-def _replace_linears(network: Network, packed: "PackedCheckpoint") -> None:
-    prefix = f"{network.model.base_model_prefix}."
+def _replace_linears(model: Any, packed: "PackedCheckpoint") -> None:
+    prefix = f"{model.base_model_prefix}."
     missing = set(packed.schemes)
-    for name, module in list(network.model.named_modules()):
+    for name, module in list(model.named_modules()):
         spellings = (name, name.removeprefix(prefix), *(HEADS if name in HEADS else ()))
         stored = next((n for n in spellings if n in packed.schemes), None)
         if stored is None:
@@ -77,11 +65,11 @@ def _replace_linears(network: Network, packed: "PackedCheckpoint") -> None:
         shapes = packed_shapes(scheme, (module.out_features, module.in_features), packed.scale_dtype(stored))
         packed.place(stored, shapes)
         owner, _, leaf = name.rpartition(".")
-        setattr(network.model.get_submodule(owner), leaf, QuantLinear(module, scheme, shapes))
+        setattr(model.get_submodule(owner), leaf, QuantLinear(module, scheme, shapes))
         missing.discard(stored)
     if missing:
         raise QuantoolError(
-            f"{packed.path}: {len(missing)} quantized modules are not in {type(network.model).__name__}, "
+            f"{packed.path}: {len(missing)} quantized modules are not in {type(model).__name__}, "
             f"the first is '{min(missing)}'"
         )
 

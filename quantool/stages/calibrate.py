@@ -22,7 +22,7 @@ from quantool.io.safetensors import MappedFile
 from quantool.io.writer import check_output_file, file_bytes, write_file
 from quantool.model.blocks import embed, is_linear, stream_blocks
 from quantool.model.skeleton import Network, load_tokenizer
-from quantool.runtime import Opened, open_model
+from quantool.runtime import open_model
 from quantool.stages.resources import Stopwatch, peak_memory_bytes
 
 
@@ -61,15 +61,15 @@ def run(
     """
     watch = Stopwatch()
     check_output_file(output, overwrite)
-    opened = open_model(model, dtype=dtype, device=device)
-    windows = sample_windows(opened.network, opened.checkpoint, text)
+    network = open_model(model, dtype=dtype, device=device)
+    windows = sample_windows(network, text)
     tensors: dict[str, torch.Tensor] = {"input_ids": windows.to(torch.int32)}
-    metadata = _metadata(opened.checkpoint, text, windows)
+    metadata = _metadata(network.checkpoint, text, windows)
     if dry_run:
-        tensors |= _planned(opened)
+        tensors |= _planned(network)
         size = file_bytes(tensors, metadata)
     else:
-        tensors |= record(opened, windows, batch_size, progress)
+        tensors |= record(network, windows, batch_size, progress)
         size = write_file(output, tensors, metadata, overwrite=overwrite)
     return CalibrateResult(
         output=str(output),
@@ -85,35 +85,35 @@ def run(
     )
 
 
-def _planned(opened: Opened) -> dict[str, torch.Tensor]:
+def _planned(network: Network) -> dict[str, torch.Tensor]:
     """What `record` would return, on the meta device."""
     tensors: dict[str, torch.Tensor] = {}
-    for block, module in zip(opened.network.block_names, opened.network.blocks, strict=True):
+    for block, module in zip(network.block_names, network.blocks, strict=True):
         for name, linear in module.named_modules(prefix=block):
             if is_linear(linear):
-                stored = _stored_name(opened, name)
+                stored = _stored_name(network, name)
                 for statistic in ("act_amax", "act_mean_sq"):
                     tensors[f"{stored}.{statistic}"] = torch.empty(linear.in_features, device="meta")
                 tensors[f"{stored}.tokens"] = torch.empty(1, dtype=torch.int64, device="meta")
     return tensors
 
 
-def _stored_name(opened: Opened, linear: str) -> str:
+def _stored_name(network: Network, linear: str) -> str:
     """What the checkpoint calls a linear of the network."""
-    weight = f"{linear}.weight" if f"{linear}.weight" in opened.names else f"{linear}.qweight"
-    return opened.names[weight].rpartition(".")[0]
+    weight = f"{linear}.weight" if f"{linear}.weight" in network.names else f"{linear}.qweight"
+    return network.names[weight].rpartition(".")[0]
 
 
-def record(opened: Opened, windows: torch.Tensor, batch_size: int, progress: Progress) -> dict[str, torch.Tensor]:
+def record(network: Network, windows: torch.Tensor, batch_size: int, progress: Progress) -> dict[str, torch.Tensor]:
     """Statistics of every linear's input, under the names that the checkpoint gives its weights."""
     tensors: dict[str, torch.Tensor] = {}
-    total = len(opened.network.block_names)
+    total = len(network.block_names)
     progress(0, total, "calibrating")
-    states = embed(opened.network, opened.checkpoint, opened.names, windows, batch_size=batch_size)
-    for block in stream_blocks(opened.network, opened.checkpoint, opened.names, states):
+    states = embed(network, windows, batch_size=batch_size)
+    for block in stream_blocks(network, states):
         for name, linear in block.linears.items():
             # Stays registered: the block runs when the stream resumes, once, and is released.
-            linear.register_forward_pre_hook(_recorder(tensors, _stored_name(opened, name)))
+            linear.register_forward_pre_hook(_recorder(tensors, _stored_name(network, name)))
         progress(block.index + 1, total, "calibrating")
     _require_finite(tensors)
     return tensors
@@ -145,13 +145,13 @@ def _require_finite(tensors: Mapping[str, torch.Tensor]) -> None:
             )
 
 
-def sample_windows(network: Network, checkpoint: Checkpoint, text: TextOptions) -> torch.Tensor:
-    """Token windows int64 [num_samples, seq_len] of `text` in the words of the checkpoint's own tokenizer."""
+def sample_windows(network: Network, text: TextOptions) -> torch.Tensor:
+    """Token windows int64 [num_samples, seq_len] of `text` in the words of the model's own tokenizer."""
     seq_len = resolve_seq_len(text, getattr(network.model.config, "max_position_embeddings", None))
     if seq_len < 2:
         raise UsageError(f"seq_len is {seq_len}, expected at least 2", hint="use --seq-len 512")
-    windows = token_windows(text, load_tokenizer(checkpoint), seq_len)
-    return require_vocabulary(windows, network, f"{checkpoint.path}: its tokenizer")
+    windows = token_windows(text, load_tokenizer(network.checkpoint), seq_len)
+    return require_vocabulary(windows, network, f"{network.checkpoint.path}: its tokenizer")
 
 
 def require_vocabulary(windows: torch.Tensor, network: Network, whose: str) -> torch.Tensor:

@@ -15,7 +15,8 @@ import torch
 from quantool.data import Progress, TextOptions, no_progress
 from quantool.errors import UsageError
 from quantool.model.blocks import Head, States, embed, open_head, stream_blocks
-from quantool.runtime import Opened, open_model
+from quantool.model.skeleton import Network
+from quantool.runtime import open_model
 from quantool.stages.calibrate import require_vocabulary, sample_windows
 from quantool.stages.resources import Stopwatch, peak_memory_bytes
 
@@ -68,34 +69,34 @@ def run(
     Raises QuantoolError when a model or the text cannot be used, or the two models differ in vocabulary.
     """
     watch = Stopwatch()
-    opened = [open_model(m, dtype=dtype, device=device) for m in (model, reference) if m is not None]
-    windows = sample_windows(opened[0].network, opened[0].checkpoint, text)
+    networks = [open_model(m, dtype=dtype, device=device) for m in (model, reference) if m is not None]
+    windows = sample_windows(networks[0], text)
     fresh = windows.shape[1] - 1
     if stride is not None:
         windows, fresh = _overlapping(windows, stride)
-    _require_same_vocabulary(opened, windows)
-    total = sum(len(o.network.block_names) for o in opened) + len(windows)
+    _require_same_vocabulary(networks, windows)
+    total = sum(len(n.block_names) for n in networks) + len(windows)
     states = []
-    for i, one in enumerate(opened):
-        done = sum(len(o.network.block_names) for o in opened[:i])
+    for i, one in enumerate(networks):
+        done = sum(len(n.block_names) for n in networks[:i])
         states.append(_hidden_states(one, windows, batch_size=batch_size, done=done, total=total, progress=progress))
-    scores = _score(opened, states, windows, fresh=fresh, total=total, progress=progress)
+    scores = _score(networks, states, windows, fresh=fresh, total=total, progress=progress)
     return _result(model, text, windows, scores, watch)
 
 
 def _hidden_states(
-    opened: Opened, windows: torch.Tensor, *, batch_size: int, done: int, total: int, progress: Progress
+    network: Network, windows: torch.Tensor, *, batch_size: int, done: int, total: int, progress: Progress
 ) -> States:
     """What the last block puts out."""
     progress(done, total, "running")
-    states = embed(opened.network, opened.checkpoint, opened.names, windows, batch_size=batch_size)
-    for block in stream_blocks(opened.network, opened.checkpoint, opened.names, states):
+    states = embed(network, windows, batch_size=batch_size)
+    for block in stream_blocks(network, states):
         progress(done + block.index + 1, total, "running")
     return states
 
 
 def _score(
-    opened: list[Opened],
+    networks: list[Network],
     states: list[States],
     windows: torch.Tensor,
     *,
@@ -105,10 +106,7 @@ def _score(
 ) -> _Scores:
     scores = _Scores()
     with ExitStack() as stack:
-        heads = [
-            stack.enter_context(open_head(o.network, o.checkpoint, o.names, s))
-            for o, s in zip(opened, states, strict=True)
-        ]
+        heads = [stack.enter_context(open_head(network, s)) for network, s in zip(networks, states, strict=True)]
         outputs = zip(*(chain.from_iterable(s.hidden) for s in states), strict=True)
         for i, (window, hidden) in enumerate(zip(windows, outputs, strict=True)):
             # The first window of a text scores all its targets, a later overlapping one only its new ones.
@@ -144,15 +142,15 @@ def _overlapping(windows: torch.Tensor, stride: int) -> tuple[torch.Tensor, int]
     return windows.flatten().unfold(0, seq_len, stride).clone(), stride
 
 
-def _require_same_vocabulary(opened: list[Opened], windows: torch.Tensor) -> None:
-    for one in opened[1:]:
-        sizes = [o.network.model.config.vocab_size for o in opened]
+def _require_same_vocabulary(networks: list[Network], windows: torch.Tensor) -> None:
+    for one in networks[1:]:
+        sizes = [n.model.config.vocab_size for n in networks]
         if sizes[0] != sizes[1]:
             raise UsageError(
                 f"--reference {one.checkpoint.path} has a vocabulary of {sizes[1]}, the model one of {sizes[0]}",
                 hint="compare with the checkpoint that the model was made from",
             )
-        require_vocabulary(windows, one.network, f"{opened[0].checkpoint.path}: its tokenizer")
+        require_vocabulary(windows, one, f"{networks[0].checkpoint.path}: its tokenizer")
 
 
 def _result(model: str, text: TextOptions, windows: torch.Tensor, scores: _Scores, watch: Stopwatch) -> EvalResult:

@@ -21,7 +21,7 @@ from quantool.io.writer import CheckpointWriter, check_output_directory, planned
 from quantool.methods import BLOCK_METHODS, WEIGHT_METHODS
 from quantool.model.blocks import Block, embed, stream_blocks
 from quantool.model.names import require_decoder
-from quantool.model.skeleton import Network, build_network, checkpoint_names, tensors_of
+from quantool.model.skeleton import Network, open_network, tensors_of
 from quantool.quant import QuantizedTensor, dequantize_affine, require_finite
 from quantool.recipe import Recipe
 from quantool.stages.calibrate import read_windows, sample_windows
@@ -84,8 +84,8 @@ def run(
     config = _artifact_config(checkpoint, recipe, plan)
     network = windows = None
     if recipe.method in BLOCK_METHODS:
-        network = build_network(checkpoint, dtype=dtype, device=device)
-        windows = read_windows(calibration, network) if calibration else sample_windows(network, checkpoint, text)
+        network = open_network(checkpoint, dtype=dtype, device=device)
+        windows = read_windows(calibration, network) if calibration else sample_windows(network, text)
     folded = 0
     size = planned_bytes(plan.tensors, max_shard_size)
     if not dry_run:
@@ -165,15 +165,15 @@ def _quantize_weights(job: _Job) -> None:
 
 def _quantize_blocks(job: _Job, network: Network, windows: torch.Tensor, batch_size: int) -> int:
     """Block by block; returns how many tensors a scale was folded into."""
-    names = checkpoint_names(network, job.checkpoint)
+    names = network.names
     modules = {name: names[f"{name}.weight"].removesuffix(".weight") for name in _block_linears(network)}
     unseen = [m for m in job.plan.schemes if m not in modules.values()]
     blocks = len(network.block_names)
     job.progress(0, blocks, "embedding")
-    states = embed(network, job.checkpoint, names, windows, batch_size=batch_size)
+    states = embed(network, windows, batch_size=batch_size)
     written: set[str] = set()
     folded = 0
-    for block in stream_blocks(network, job.checkpoint, names, states):
+    for block in stream_blocks(network, states):
         stored = {name: names[name] for name, _ in tensors_of(block.module, block.name)}
         for name, tensor in tensors_of(block.module, block.name):
             require_finite(names[name], tensor)

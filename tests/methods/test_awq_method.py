@@ -11,7 +11,7 @@ from quantool.formats import FORMATS
 from quantool.methods.awq import quantize_block
 from quantool.methods.rtn import quantize_weight
 from quantool.model.blocks import Block, embed, open_head, stream_blocks
-from quantool.model.skeleton import build_network, checkpoint_names
+from quantool.model.skeleton import open_network
 from quantool.quant import QuantizedTensor, dequantize_affine
 from quantool.scheme import PER_CHANNEL, QuantScheme
 
@@ -53,20 +53,18 @@ def uneven(family: str = "llama", **changes: Any) -> Any:
 def run(model: Any, visit: Visit) -> torch.Tensor:
     """Logits of the model after `visit` has seen every block; weights are as `visit` leaves them."""
     checkpoint = in_memory(model)
-    network = build_network(checkpoint)
-    names = checkpoint_names(network, checkpoint)
-    states = embed(network, checkpoint, names, WINDOWS, batch_size=3)
-    for block in stream_blocks(network, checkpoint, names, states):
+    network = open_network(checkpoint)
+    states = embed(network, WINDOWS, batch_size=3)
+    for block in stream_blocks(network, states):
         visit(block)
-    with open_head(network, checkpoint, names, states) as head:
+    with open_head(network, states) as head:
         return torch.stack([head(row[None]) for batch in states.hidden for row in batch])
 
 
 def first_block(model: Any) -> Block:
     checkpoint = in_memory(model)
-    network = build_network(checkpoint)
-    names = checkpoint_names(network, checkpoint)
-    return next(stream_blocks(network, checkpoint, names, embed(network, checkpoint, names, WINDOWS, batch_size=3)))
+    network = open_network(checkpoint)
+    return next(stream_blocks(network, embed(network, WINDOWS, batch_size=3)))
 
 
 def schemes_of(block: Block, scheme: QuantScheme = ASYM_4, only: tuple[str, ...] = ("",)) -> dict[str, QuantScheme]:

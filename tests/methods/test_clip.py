@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantool.methods.clip import RATIOS, quantize_clipped
-from quantool.quant import QuantizedTensor, dequantize_affine
+from quantool.methods.clip import RATIOS, best_ratios, quantize_clipped
+from quantool.quant import QuantizedTensor, dequantize_affine, round_affine
 from quantool.scheme import PER_CHANNEL, PER_TENSOR, QuantScheme
 
 LIMIT = settings(deadline=None, max_examples=40)
@@ -80,27 +80,75 @@ def group_errors(weight: torch.Tensor, q: QuantizedTensor, moment: torch.Tensor 
     return out
 
 
+def grams_of(moment: torch.Tensor | None, width: int) -> torch.Tensor | None:
+    return None if moment is None else torch.stack([moment[i : i + width, i : i + width] for i in range(0, K, width)])
+
+
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("group_size", [8, 16, PER_CHANNEL])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_every_group_takes_the_best_of_all_ratios(bits: int, group_size: int, sym: bool, weighted: bool) -> None:
     scheme = QuantScheme(bits, group_size, sym)
+    width = scheme.width(K)
     for seed in range(3):
         weight = make_weight(seed)
         moment = make_moment(seed) if weighted else None
-        q = quantize_clipped(weight, scheme, as_bfloat16, moment)
-        wanted = brute_force(weight, scheme, moment)
-        width = K // q.scales.shape[1]
-        for (n, g), candidates in wanted.items():
-            codes = q.codes[n, g * width : (g + 1) * width].numpy()
-            scale = float(q.scales[n, g])
-            best = min(error for error, _, _ in candidates)
+        ratios = best_ratios(weight, scheme, as_bfloat16, grams_of(moment, width))
+        for (n, g), candidates in brute_force(weight, scheme, moment).items():
+            taken = min(range(len(RATIOS)), key=lambda i: abs(RATIOS[i] - float(ratios[n, g])))
             # float32 may order candidates that are equal to its precision in another way
-            assert any(
-                scale == s and np.array_equal(codes, c) and error <= best * (1 + 1e-4) + 1e-12
-                for error, s, c in candidates
-            ), (n, g)
+            assert candidates[taken][0] <= min(error for error, _, _ in candidates) * (1 + 1e-4) + 1e-12, (n, g)
+
+
+def fitted_error(values: np.ndarray, gram: np.ndarray, scheme: QuantScheme, ratio: float) -> float:
+    """The group's error after two literal rounds of fitting the scale to the codes it gives."""
+    scale, zero, codes = candidate(values, scheme, ratio)
+    top, wide = 2**scheme.bits - 1, values.astype(np.float64)
+
+    def error(s: float, q: np.ndarray) -> float:
+        e = s * (q - zero) - wide
+        return float(e @ gram @ e)
+
+    for _ in range(2):
+        q = codes - zero
+        if q @ gram @ q <= 0 or q @ gram @ wide <= 0:
+            break
+        other = float(as_bfloat16(torch.tensor([(q @ gram @ wide) / (q @ gram @ q)])).float())
+        other_codes = np.clip(np.round(values / np.float32(other)) + zero, 0, top)
+        if error(other, other_codes) < error(scale, codes):
+            scale, codes = other, other_codes
+    return error(scale, codes)
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("group_size", [8, 16, PER_CHANNEL])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_scales_are_fitted_to_their_codes(bits: int, group_size: int, sym: bool, weighted: bool) -> None:
+    scheme = QuantScheme(bits, group_size, sym)
+    width = scheme.width(K)
+    weight, moment = make_weight(0), make_moment(0) if weighted else None
+    ratios = best_ratios(weight, scheme, as_bfloat16, grams_of(moment, width))
+    errors = group_errors(weight, quantize_clipped(weight, scheme, as_bfloat16, moment), moment)
+    unfitted = 0.0
+    for (n, g), candidates in brute_force(weight, scheme, moment).items():
+        here = slice(g * width, (g + 1) * width)
+        gram = np.eye(width) if moment is None else moment[here, here].double().numpy()
+        wanted = fitted_error(weight[n, here].numpy(), gram, scheme, float(ratios[n, g]))
+        # A fit that rounds to the other of two bfloat16 neighbours differs by this much at most.
+        assert errors[n, g] <= wanted * 1.02 + 1e-12, (n, g)
+        unfitted += min(error for error, _, _ in candidates)
+    assert errors.sum() <= unfitted * (1 + 1e-3)
+
+
+def test_fitting_is_worth_it() -> None:
+    scheme = QuantScheme(4, 64, sym=False)
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    ratios = best_ratios(weight, scheme, as_bfloat16, None)
+    clipped = round_affine(weight, scheme, as_bfloat16, clip=ratios)
+    fitted = dequantize_affine(quantize_clipped(weight, scheme, as_bfloat16))
+    assert (fitted - weight).square().sum() < 0.99 * (clipped - weight).square().sum()
 
 
 def test_the_search_is_worth_it_and_depends_on_the_moment() -> None:

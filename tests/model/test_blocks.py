@@ -12,8 +12,8 @@ from families import FAMILIES, SIZES, in_memory, make_model, save, tokens
 
 from quantool.io import open_checkpoint
 from quantool.model.blocks import Block, States, embed, open_head, stream_blocks
-from quantool.model.skeleton import build_network, checkpoint_names
-from quantool.runtime import Opened, open_model
+from quantool.model.skeleton import Network, open_network
+from quantool.runtime import open_model
 
 WINDOWS = tokens(5, 21)  # longer than what the blocks are probed with, and than the sliding windows
 
@@ -24,21 +24,21 @@ def _no_gradients() -> Iterator[None]:
         yield
 
 
-def opened(model: Any, directory: Path) -> Opened:
+def opened(model: Any, directory: Path) -> Network:
     return open_model(save(model, directory))
 
 
-def start(model: Opened, windows: torch.Tensor = WINDOWS, batch_size: int = 2) -> States:
-    return embed(model.network, model.checkpoint, model.names, windows, batch_size=batch_size)
+def start(model: Network, windows: torch.Tensor = WINDOWS, batch_size: int = 2) -> States:
+    return embed(model, windows, batch_size=batch_size)
 
 
-def stream(model: Opened, states: States) -> Iterator[Block]:
-    return stream_blocks(model.network, model.checkpoint, model.names, states)
+def stream(model: Network, states: States) -> Iterator[Block]:
+    return stream_blocks(model, states)
 
 
-def finish(model: Opened, states: States, chunk: int = 1000) -> torch.Tensor:
+def finish(model: Network, states: States, chunk: int = 1000) -> torch.Tensor:
     """Logits of every window, the head applied to `chunk` tokens at a time."""
-    with open_head(model.network, model.checkpoint, model.names, states) as head:
+    with open_head(model, states) as head:
         rows = [
             torch.cat([head(part) for part in row[None].split(chunk, dim=1)])
             for batch in states.hidden
@@ -47,9 +47,9 @@ def finish(model: Opened, states: States, chunk: int = 1000) -> torch.Tensor:
     return torch.stack(rows)
 
 
-def live(model: Opened) -> set[str]:
+def live(model: Network) -> set[str]:
     """Parameters with memory."""
-    return {name for name, parameter in model.network.model.named_parameters() if not parameter.is_meta}
+    return {name for name, parameter in model.model.named_parameters() if not parameter.is_meta}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -60,7 +60,7 @@ def test_logits_equal_those_of_the_whole_model(family: str, tmp_path: Path) -> N
     assert [hidden.shape[0] for hidden in states.hidden] == [2, 2, 1]
     assert live(found) == set()
     for block in stream(found, states):
-        assert block.name == found.network.block_names[block.index]
+        assert block.name == found.block_names[block.index]
         assert live(found) == {f"{block.name}.{name}" for name, _ in block.module.named_parameters()}
     assert live(found) == set()
     wanted = model(input_ids=WINDOWS).logits
@@ -100,7 +100,7 @@ def test_every_block_is_called_as_its_own_kind(family: str, tmp_path: Path) -> N
     states = start(found)
     same = states.hidden[0].clone()
     outputs = [block.run(same) for block in stream(found, states)]
-    assert len(outputs) == len(found.network.block_names)
+    assert len(outputs) == len(found.block_names)
     calls = states.calls[same.shape]
     assert len(calls) == len(outputs)
     if family == "gemma3_text":
@@ -118,14 +118,14 @@ def test_parameters_in_memory_are_those_of_one_block(tmp_path: Path, monkeypatch
 
     def count(name: str) -> torch.Tensor:
         nonlocal largest
-        parameters = found.network.model.parameters()
+        parameters = found.model.parameters()
         largest = max(largest, sum(p.numel() for p in parameters if not p.is_meta))
         return read(name)
 
     monkeypatch.setattr(type(found.checkpoint), "read", lambda _self, name: count(name))
     for _ in stream(found, states):
         pass
-    one_block = sum(p.numel() for p in found.network.blocks[0].parameters())
+    one_block = sum(p.numel() for p in found.blocks[0].parameters())
     assert 0 < largest < one_block
 
 
@@ -211,12 +211,12 @@ def test_the_forward_of_every_block_is_its_own_again_after_a_failure(tmp_path: P
     found = opened(make_model("llama"), tmp_path)
     with pytest.raises(IndexError):
         start(found, torch.full((1, 8), SIZES["vocab_size"] + 5))
-    assert not any("forward" in vars(block) for block in found.network.blocks)
+    assert not any("forward" in vars(block) for block in found.blocks)
     states = start(found)
     for _ in stream(found, states):
         pass
     assert finish(found, states).isfinite().all()
-    assert not any("forward" in vars(block) for block in found.network.blocks)
+    assert not any("forward" in vars(block) for block in found.blocks)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 0.15)])
@@ -236,8 +236,8 @@ def test_a_checkpoint_needs_no_file() -> None:
     """The stream takes any Checkpoint; tied and in memory here."""
     model = make_model("gemma")
     checkpoint = in_memory(model)
-    network = build_network(checkpoint)
-    found = Opened(network, checkpoint, checkpoint_names(network, checkpoint))
+    network = open_network(checkpoint)
+    found = network
     states = start(found)
     for _ in stream(found, states):
         pass

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from quantool.model.blocks import Block, embed, stream_blocks
 from quantool.model.folds import Group, Source, find_groups, fold
-from quantool.model.skeleton import build_network, checkpoint_names
+from quantool.model.skeleton import open_network
 
 LIMIT = settings(deadline=None, max_examples=25)
 ATTENTION, MLP = "self_attn.", "mlp."
@@ -84,10 +84,9 @@ def _no_gradients() -> Iterator[None]:
 def block_of(model: Any, index: int = 0, dtype: str = "auto") -> Block:
     """One block with its weights and what reaches it; the stream behind it is abandoned."""
     checkpoint = in_memory(model)
-    network = build_network(checkpoint, dtype=dtype)
-    names = checkpoint_names(network, checkpoint)
-    states = embed(network, checkpoint, names, tokens(3, 20), batch_size=2)
-    return next(block for block in stream_blocks(network, checkpoint, names, states) if block.index == index)
+    network = open_network(checkpoint, dtype=dtype)
+    states = embed(network, tokens(3, 20), batch_size=2)
+    return next(block for block in stream_blocks(network, states) if block.index == index)
 
 
 def described(block: Block, groups: list[Group]) -> list[Any]:

@@ -12,10 +12,11 @@ from torch import nn
 from quantool.errors import QuantoolError, UsageError
 from quantool.io import open_checkpoint
 from quantool.model.skeleton import (
-    build_network,
-    checkpoint_names,
+    attach,
+    build_model,
     load_tokenizer,
     materialise,
+    open_network,
     release,
     resolve_device,
     resolve_dtype,
@@ -30,7 +31,7 @@ def refused(config: dict[str, Any], capfd: pytest.CaptureFixture[str], **tensors
     names = {f"model.layers.{i}.mlp.up_proj.weight": torch.zeros(1, 1) for i in range(3)}
     start = time.perf_counter()
     with pytest.raises(QuantoolError) as caught:
-        build_network(MemoryCheckpoint(config, {**names, **tensors}))
+        open_network(MemoryCheckpoint(config, {**names, **tensors}))
     assert time.perf_counter() - start < 5
     assert "\n" not in caught.value.message
     assert len(caught.value.message) < 500
@@ -45,9 +46,9 @@ def llama_config(**changes: Any) -> dict[str, Any]:
 
 def read_all(checkpoint: Any) -> Any:
     """The network of a checkpoint with all its tensors."""
-    network = build_network(checkpoint)
-    names = checkpoint_names(network, checkpoint)
-    materialise(network, checkpoint, names, list(names))
+    network = open_network(checkpoint)
+    names = network.names
+    materialise(network, list(names))
     return network.model
 
 
@@ -59,7 +60,7 @@ def logits(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_of_every_family_are_found(family: str) -> None:
     model = make_model(family)
-    network = build_network(in_memory(model))
+    network = open_network(in_memory(model))
     count = model.config.num_hidden_layers
     assert network.block_names == tuple(f"{BLOCKS.get(family, 'model.layers')}.{i}" for i in range(count))
     assert len(network.blocks) == count
@@ -69,7 +70,7 @@ def test_blocks_of_every_family_are_found(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_is_read_and_computed_buffers_are_in_place(family: str) -> None:
     model = make_model(family)
-    network = build_network(in_memory(model))
+    network = open_network(in_memory(model))
     assert all(parameter.is_meta for parameter in network.model.parameters())
     assert not network.model.training
     wanted = dict(model.named_buffers())
@@ -81,11 +82,11 @@ def test_nothing_is_read_and_computed_buffers_are_in_place(family: str) -> None:
 def test_every_tensor_of_a_saved_checkpoint_has_its_name(family: str, tmp_path: Path) -> None:
     model = make_model(family)
     checkpoint = open_checkpoint(save(model, tmp_path))
-    network = build_network(checkpoint)
-    names = checkpoint_names(network, checkpoint)
+    network = open_network(checkpoint)
+    names = network.names
     assert set(names) == {name for name, _ in tensors_of(model)}
     assert set(names.values()) == set(checkpoint.infos)
-    materialise(network, checkpoint, names, list(names))
+    materialise(network, list(names))
     wanted = dict(tensors_of(model))
     for name, tensor in tensors_of(network.model):
         assert torch.equal(tensor, wanted[name]), name
@@ -110,11 +111,11 @@ def test_of_two_tied_matrices_either_may_be_stored(family: str, stored: str) -> 
         checkpoint.tensors["lm_head.weight"] = checkpoint.tensors[embeddings]
     if stored == "head":
         del checkpoint.tensors[embeddings]
-    network = build_network(checkpoint)
-    names = checkpoint_names(network, checkpoint)
+    network = open_network(checkpoint)
+    names = network.names
     assert names[embeddings] == ("lm_head.weight" if stored == "head" else embeddings)
     assert "lm_head.weight" not in names  # one tensor of the network, read once
-    materialise(network, checkpoint, names, list(names))
+    materialise(network, list(names))
     assert network.model.lm_head.weight is network.model.get_input_embeddings().weight
     assert torch.equal(logits(network.model), logits(model))
     release(network, list(names))
@@ -139,7 +140,7 @@ def test_an_older_name_of_the_head(tmp_path: Path) -> None:
 
 def test_a_real_checkpoint_that_stores_only_the_head(shared: Path) -> None:
     checkpoint = open_checkpoint(shared / "models/tinystories-656k")
-    names = checkpoint_names(build_network(checkpoint), checkpoint)
+    names = open_network(checkpoint).names
     assert names["model.embed_tokens.weight"] == "lm_head.weight"
 
 
@@ -147,7 +148,7 @@ def test_a_missing_tensor_is_named_with_its_shape() -> None:
     checkpoint = in_memory(make_model("llama"))
     del checkpoint.tensors["model.layers.1.mlp.up_proj.weight"]
     with pytest.raises(QuantoolError) as caught:
-        checkpoint_names(build_network(checkpoint), checkpoint)
+        open_network(checkpoint)
     expected = "memory: tensor 'model.layers.1.mlp.up_proj.weight' [48, 32] of LlamaForCausalLM is missing"
     assert caught.value.message == expected
     assert caught.value.hint == MISSING_HINT
@@ -157,7 +158,7 @@ def test_an_untied_head_is_not_taken_from_the_embeddings() -> None:
     checkpoint = in_memory(make_model("llama", tie_word_embeddings=False))
     del checkpoint.tensors["lm_head.weight"]
     with pytest.raises(QuantoolError, match=r"tensor 'lm_head.weight' \[96, 32\] of LlamaForCausalLM is missing"):
-        checkpoint_names(build_network(checkpoint), checkpoint)
+        open_network(checkpoint)
 
 
 @pytest.mark.parametrize("name", ["model.layers.2.self_attn.k_proj.weight", "model.norm.weight"])
@@ -166,7 +167,7 @@ def test_a_wrong_shape_is_named_with_both_shapes(name: str) -> None:
     shape = list(checkpoint.tensors[name].shape)
     checkpoint.tensors[name] = torch.zeros(shape[0], *shape[1:], 1)
     with pytest.raises(QuantoolError) as caught:
-        checkpoint_names(build_network(checkpoint), checkpoint)
+        open_network(checkpoint)
     assert caught.value.message == f"memory: tensor '{name}': shape {[*shape, 1]}, config.json expects {shape}"
     assert caught.value.hint == "config.json and the weights are of different models"
 
@@ -218,15 +219,15 @@ def test_code_that_a_checkpoint_brings_is_never_run(
 def test_the_config_is_left_as_it_was() -> None:
     checkpoint = in_memory(make_model("gemma3_text"))
     before = repr(checkpoint.config)
-    build_network(checkpoint)
+    open_network(checkpoint)
     assert repr(checkpoint.config) == before
 
 
 def test_parameters_are_cast_to_the_asked_dtype_and_buffers_are_not() -> None:
     checkpoint = in_memory(make_model("llama"))
-    network = build_network(checkpoint, dtype="bfloat16")
-    names = checkpoint_names(network, checkpoint)
-    materialise(network, checkpoint, names, list(names))
+    network = open_network(checkpoint, dtype="bfloat16")
+    names = network.names
+    materialise(network, list(names))
     assert {parameter.dtype for parameter in network.model.parameters()} == {torch.bfloat16}
     assert {buffer.dtype for buffer in network.model.buffers()} == {torch.float32}
 
@@ -250,15 +251,17 @@ def test_a_device_that_is_not_there_is_one_line(device: str) -> None:
 
 def test_buffers_that_a_checkpoint_stores_are_read_and_released() -> None:
     """No family of ours has one, a packed linear has: an integer buffer is copied and keeps its dtype."""
-    checkpoint = in_memory(make_model("llama"))
-    network = build_network(checkpoint)
-    owner: nn.Module = network.model.model.layers[0].mlp
-    owner.register_buffer("packed", torch.empty(3, dtype=torch.int32, device="meta"))
     name = "model.layers.0.mlp.packed"
+    checkpoint = in_memory(make_model("llama"))
+    checkpoint = MemoryCheckpoint(
+        checkpoint.config, {**checkpoint.tensors, name: torch.tensor([1, -2, 3], dtype=torch.int32)}
+    )
+    model = build_model(checkpoint)
+    owner: nn.Module = model.model.layers[0].mlp
+    owner.register_buffer("packed", torch.empty(3, dtype=torch.int32, device="meta"))
+    network = attach(model, checkpoint)
     assert name in {tensor for tensor, _ in tensors_of(network.model)}
-    checkpoint.tensors[name] = torch.tensor([1, -2, 3], dtype=torch.int32)
-    names = checkpoint_names(network, checkpoint)
-    materialise(network, checkpoint, names, [name])
+    materialise(network, [name])
     assert owner.packed.tolist() == [1, -2, 3]
     owner.packed.zero_()
     assert checkpoint.tensors[name].tolist() == [1, -2, 3]

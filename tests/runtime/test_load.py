@@ -199,14 +199,14 @@ def test_the_stream_of_an_artifact_is_the_loaded_artifact(recipe: Recipe, tmp_pa
     """`open_model` shows packed buffers as a checkpoint's tensors: read, released and read again."""
     artifact = make(float_model(tmp_path / "model"), recipe)
     opened = open_model(artifact)
-    assert all(t.is_meta for t in opened.network.model.state_dict().values())
+    assert all(t.is_meta for t in opened.model.state_dict().values())
     with torch.inference_mode():
         for _ in range(2):
-            states = embed(opened.network, opened.checkpoint, opened.names, WINDOWS, batch_size=2)
-            for block in stream_blocks(opened.network, opened.checkpoint, opened.names, states):
+            states = embed(opened, WINDOWS, batch_size=2)
+            for block in stream_blocks(opened, states):
                 assert not any(t.is_meta for t in block.module.state_dict().values())
-            assert all(t.is_meta for t in opened.network.model.state_dict().values())
-            with open_head(opened.network, opened.checkpoint, opened.names, states) as head:
+            assert all(t.is_meta for t in opened.model.state_dict().values())
+            with open_head(opened, states) as head:
                 found = torch.stack([head(row[None]) for row in states.hidden[0]])
     torch.testing.assert_close(found, logits(load(artifact)), rtol=0, atol=1e-5)
 
