@@ -34,6 +34,7 @@ CASES = {
     "w3-asym-g64": Recipe(bits=3, group_size=64, sym=False),
     "w4-sym-head": Recipe(ignore=()),
     "mixed": Recipe(sym=False, overrides=MIXED),
+    "mixed-sym": Recipe(overrides=MIXED),
     "awq-w4-asym-g64": Recipe(method="awq", group_size=64, sym=False),
     "awq-w4-sym-g32": Recipe(method="awq", group_size=32),
     "awq-w3-asym-g128": Recipe(method="awq", bits=3, sym=False),
@@ -81,17 +82,16 @@ def transformers_loads(directory: Path) -> Any:
     """The artifact as transformers and compressed-tensors load it, in float32.
 
     compressed-tensors 0.19 and 0.20 give packed zero points the shape of unpacked ones before they load them, so that
-    asymmetric weights, also llm-compressor's own, load only with `dequantize`. That takes one scheme for all modules.
+    asymmetric weights, also llm-compressor's own, load only with `dequantize`, which our config says. That takes one
+    scheme for all modules: several with zero points load in neither way.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(directory)
-    groups = getattr(config, "quantization_config", {"config_groups": {}})["config_groups"].values()
-    if not all(group["weights"]["symmetric"] for group in groups):
-        if len(groups) > 1:
-            return compressed_tensors_decompresses(directory)
-        config.quantization_config["dequantize"] = True
-    return AutoModelForCausalLM.from_pretrained(directory, config=config, dtype=torch.float32)
+    section = getattr(AutoConfig.from_pretrained(directory), "quantization_config", {"config_groups": {}})
+    groups = section["config_groups"].values()
+    if len(groups) > 1 and not all(group["weights"]["symmetric"] for group in groups):
+        return compressed_tensors_decompresses(directory)
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
 
 
 def compressed_tensors_decompresses(directory: Path) -> Any:

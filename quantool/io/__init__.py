@@ -82,7 +82,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         return GgufCheckpoint(path)
     if path.suffix in (".bin", ".pt", ".pth"):
         raise pickle_error(path, path.parent)
-    hint = f"give the directory: '{path.parent}'" if path.suffix == ".safetensors" else None
+    hint = f"give the directory: '{path.parent}'" if path.suffix == ".safetensors" else "give one of these as MODEL"
     raise QuantoolError(f"{path}: is not a model, expected a directory, a .gguf file or a hub name", hint=hint)
 
 

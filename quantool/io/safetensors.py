@@ -159,7 +159,10 @@ class SafetensorsCheckpoint:
                     target.parent.mkdir(exist_ok=True)
                     shutil.copyfile(source, target)
                 except OSError as error:
-                    raise QuantoolError(f"{source}: cannot be copied: {error.strerror or error}") from error
+                    raise QuantoolError(
+                        f"{source}: cannot be copied: {error.strerror or error}",
+                        hint="free some space or choose another -o",
+                    ) from error
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -167,7 +170,8 @@ def open_regular(path: Path) -> BinaryIO:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise QuantoolError(
-                f"{path}: is {'a directory' if path.is_dir() else 'not a regular file'}, expected a file"
+                f"{path}: is {'a directory' if path.is_dir() else 'not a regular file'}, expected a file",
+                hint=DOWNLOAD_AGAIN,
             )
         return open(path, "rb")
     except FileNotFoundError as error:
@@ -175,7 +179,7 @@ def open_regular(path: Path) -> BinaryIO:
     except PermissionError as error:
         raise QuantoolError(f"{path}: permission denied", hint=f"chmod u+r '{path}'") from error
     except OSError as error:
-        raise QuantoolError(f"{path}: {error.strerror or error}") from error
+        raise QuantoolError(f"{path}: {error.strerror or error}", hint=DOWNLOAD_AGAIN) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -317,7 +321,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     except PermissionError as error:
         raise QuantoolError(f"{path}: permission denied", hint=f"chmod u+rx '{path}'") from error
     except OSError as error:
-        raise QuantoolError(f"{path}: {error.strerror or error}") from error
+        raise QuantoolError(f"{path}: {error.strerror or error}", hint=DOWNLOAD_AGAIN) from error
     if not names:
         raise QuantoolError(
             f"{path}: the directory is empty, expected config.json and *.safetensors", hint=DOWNLOAD_AGAIN
@@ -368,7 +372,8 @@ def _read_index(index: Path) -> dict[str, str]:
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise QuantoolError(
-                f"{index.name}: tensor {name!r} is in {_short(shard)}, expected a .safetensors file beside the index"
+                f"{index.name}: tensor {name!r} is in {_short(shard)}, expected a .safetensors file beside the index",
+                hint=DOWNLOAD_AGAIN,
             )
     for shard in sorted(set(weight_map.values())):
         if not shard.isprintable() or not os.path.lexists(index.parent / shard):

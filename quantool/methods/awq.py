@@ -6,8 +6,9 @@ precision between channels without changing the network: W s is rounded, s is di
     s = m**a,  m[k] = sqrt(H[k, k]),   a on a grid of [0, 1]
     loss(a) = sum over the linears of  tr(D H D^T),   D = Q(W s) / s - W
 
-which is the exact squared error of the linears' outputs over all calibration tokens, with no pass over them. The
-best few are then tried on the block itself: the one whose block output is nearest to the float block's wins.
+which is the exact squared error of the linears' outputs over all calibration tokens, with no pass over them; it is
+a sum over rows of W, taken over some hundred of them. The best few scales are then tried on the block itself: the
+one whose block output is nearest to the float block's wins.
 After folding, the range of every group is searched (clip.py) on the scaled moment.
 
 Lin et al. 2023, AWQ: Activation-aware Weight Quantization, sections 3.1-3.2. Here m is the root mean square
@@ -22,10 +23,11 @@ import torch
 from quantool.methods.clip import quantize_clipped
 from quantool.model.blocks import Block
 from quantool.model.folds import Group, Source, find_groups, fold
-from quantool.quant import QuantizedTensor, RoundScales, dequantize_affine, round_affine, row_pieces
+from quantool.quant import QuantizedTensor, RoundScales, round_affine, row_pieces
 from quantool.scheme import QuantScheme
 
 FINALISTS = 3  # scales of a group that are tried on the block itself
+ROWS = 256  # of each weight, at least, that the loss is summed over when there are more
 
 
 def quantize_block(
@@ -97,12 +99,13 @@ def _search_scale(
     scales = [(scale / (scale.max() * scale.min()).sqrt()).clamp(1e-4, 1e4) for scale in scales]
     losses = torch.zeros(len(scales), dtype=torch.float64)
     for name in group.linears:
-        for piece in row_pieces(block.linears[name].weight.detach().float()):
+        weight = block.linears[name].weight.detach()
+        for piece in row_pieces(weight[:: max(1, weight.shape[0] // ROWS)].float()):
             for i, scale in enumerate(scales):
                 losses[i] += _output_error(piece, scale, moment, schemes[name], round_scales)
     order = losses.argsort()[:FINALISTS].tolist()
     finalists = [scales[i] for i in order]
-    return _best_on_block(block, group, finalists, moment, schemes, round_scales=round_scales)
+    return _best_on_block(block, group, finalists, schemes, round_scales=round_scales)
 
 
 def _output_error(
@@ -117,7 +120,6 @@ def _best_on_block(
     block: Block,
     group: Group,
     scales: list[torch.Tensor],
-    moment: torch.Tensor,
     schemes: Mapping[str, QuantScheme],
     *,
     round_scales: RoundScales,
@@ -129,9 +131,8 @@ def _best_on_block(
     originals = {name: block.linears[name].weight.clone() for name in group.linears}
     for scale in scales:
         for name, weight in originals.items():
-            scaled = weight.float() * scale
-            q = quantize_clipped(scaled, schemes[name], round_scales, moment / scale.outer(scale))
-            block.linears[name].weight.copy_(dequantize_affine(q).div_(scale))
+            rounded = round_affine(weight.float() * scale, schemes[name], round_scales)
+            block.linears[name].weight.copy_(rounded.div_(scale))
         errors.append(float((block.run(window) - wanted).float().square().sum()))
     for name, weight in originals.items():
         block.linears[name].weight.copy_(weight)

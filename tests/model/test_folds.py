@@ -6,14 +6,15 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, in_memory, make_model, tokens
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from quantool.model.blocks import Block, embed, stream_blocks
 from quantool.model.folds import Group, Source, find_groups, fold
 from quantool.model.skeleton import open_network
 
-LIMIT = settings(deadline=None, max_examples=25)
+# Without shrinking: an example runs whole blocks, and a failure should come soon.
+LIMIT = settings(deadline=None, max_examples=25, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 ATTENTION, MLP = "self_attn.", "mlp."
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
