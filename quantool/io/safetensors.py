@@ -287,7 +287,7 @@ def _naturals(value: Any) -> TypeGuard[list[int]]:
 
 def _short(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= 160 else text[:157] + "..."
 
 
 def _check_cover(path: Path, ordered: list[tuple[TensorInfo, int, int]], size: int) -> None:
