@@ -115,6 +115,21 @@ def test_asking_for_few_windows_gives_the_first_of_all(count: int, seq_len: int,
     assert windows(TextOptions(split="test", num_samples=count), seq_len, tokenizer) == expected
 
 
+def test_the_token_before_a_cut_is_never_used(tmp_path: Path) -> None:
+    """One token per document of eight characters, which is what is read per token; each depends on the next word."""
+
+    def looking_ahead(text: str, *, verbose: bool) -> Any:
+        words = [int(word) for word in text.split()]
+        return {"input_ids": [a * 7 + b for a, b in zip(words, [*words[1:], 0], strict=True)]}
+
+    path = tmp_path / "words.jsonl"
+    words = [f"{10_000_000 + i}" for i in range(2000)]
+    path.write_text("\n".join(json.dumps({"text": word}) for word in words))
+    everything = cut(looking_ahead(" ".join(words), verbose=False)["input_ids"])
+    for count in (1, 3, 10):
+        assert windows(TextOptions(str(path), num_samples=count), 16, looking_ahead) == everything[:count]
+
+
 def test_only_as_much_is_read_as_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
 

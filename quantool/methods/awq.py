@@ -143,7 +143,8 @@ def _shared(magnitude: torch.Tensor, source: Source | None) -> torch.Tensor:
     """Root mean square over the input channels that one row of the source feeds, as with shared key-value heads."""
     if source is None or source.kind != "linear":
         return magnitude
-    rows = int(source.rows.max()) + 1
-    total = torch.zeros(rows).index_add_(0, source.rows, magnitude.square())
-    count = torch.zeros(rows).index_add_(0, source.rows, torch.ones_like(magnitude))
-    return (total / count.clamp(min=1)).sqrt()[source.rows]
+    rows = source.rows.to(magnitude.device)
+    none = magnitude.new_zeros(int(rows.max()) + 1)
+    total = none.index_add(0, rows, magnitude.square())
+    count = none.index_add(0, rows, torch.ones_like(magnitude))
+    return (total / count.clamp(min=1)).sqrt()[rows]

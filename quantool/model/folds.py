@@ -78,7 +78,8 @@ def _divide_source(module: nn.Module, source: Source, scale: torch.Tensor, store
     if not isinstance(weight, torch.Tensor):
         raise TypeError(f"{source.name} has no weight")
     if source.kind == "linear":
-        per_row = torch.ones_like(weight[:, 0]).index_copy_(0, source.rows, scale.to(weight.dtype))
+        rows = source.rows.to(weight.device)
+        per_row = torch.ones_like(weight[:, 0]).index_copy_(0, rows, scale.to(weight.dtype))
         weight.div_(per_row.unsqueeze(1))
         exact = scale
     else:

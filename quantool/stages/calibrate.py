@@ -182,6 +182,14 @@ def read_windows(path: Path, network: Network) -> torch.Tensor:
     return require_vocabulary(file.read("input_ids").to(torch.int64), network, str(path))
 
 
+def made_of_another(path: Path, checkpoint: Checkpoint) -> list[str]:
+    """A note for the result when a calibration file was recorded on a model with other tensors or config."""
+    recorded = MappedFile(path).metadata.get("source_sha256")
+    if recorded in {None, source_hash(checkpoint)}:
+        return []
+    return [f"{path} was recorded on another model: its token ids are replayed, its statistics are not used"]
+
+
 def source_hash(checkpoint: Checkpoint) -> str:
     """sha256 of the config and every tensor's name, shape and dtype: tells models apart, reads no weight."""
     described = [dict(checkpoint.config), sorted((i.name, i.shape, i.dtype) for i in checkpoint.infos.values())]

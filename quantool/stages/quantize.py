@@ -24,7 +24,7 @@ from quantool.model.names import require_decoder
 from quantool.model.skeleton import Network, open_network, tensors_of
 from quantool.quant import QuantizedTensor, dequantize_affine, require_finite
 from quantool.recipe import Recipe
-from quantool.stages.calibrate import read_windows, sample_windows
+from quantool.stages.calibrate import made_of_another, read_windows, sample_windows
 from quantool.stages.plan import Plan, PlanRow, make_plan
 from quantool.stages.resources import Stopwatch, peak_memory_bytes
 
@@ -86,6 +86,7 @@ def run(
     if recipe.method in BLOCK_METHODS:
         network = open_network(checkpoint, dtype=dtype, device=device)
         windows = read_windows(calibration, network) if calibration else sample_windows(network, text)
+    notes = [*plan.notes, *(made_of_another(calibration, checkpoint) if calibration else ())]
     folded = 0
     size = planned_bytes(plan.tensors, max_shard_size)
     if not dry_run:
@@ -99,6 +100,7 @@ def run(
                 _quantize_weights(job)
             else:
                 folded = _quantize_blocks(job, network, windows, batch_size)
+                notes += _unscaled(plan, network)
             writer.commit()
     return QuantizeResult(
         output=str(target),
@@ -115,7 +117,7 @@ def run(
         seconds=watch.seconds,
         peak_memory_bytes=peak_memory_bytes(),
         plan=plan.rows if dry_run else [],
-        notes=plan.notes,
+        notes=notes,
     )
 
 
@@ -167,7 +169,6 @@ def _quantize_blocks(job: _Job, network: Network, windows: torch.Tensor, batch_s
     """Block by block; returns how many tensors a scale was folded into."""
     names = network.names
     modules = {name: names[f"{name}.weight"].removesuffix(".weight") for name in _block_linears(network)}
-    unseen = [m for m in job.plan.schemes if m not in modules.values()]
     blocks = len(network.block_names)
     job.progress(0, blocks, "embedding")
     states = embed(network, windows, batch_size=batch_size)
@@ -185,8 +186,15 @@ def _quantize_blocks(job: _Job, network: Network, windows: torch.Tensor, batch_s
         folded += _write_rest(job, block, stored, written)
         written.update(stored.values())
         job.progress(block.index + 1, blocks, "quantizing")
-    _write_outside(job, unseen, written)
+    _write_outside(job, written)
     return folded
+
+
+def _unscaled(plan: Plan, network: Network) -> list[str]:
+    """What a method of blocks could not reach, said in the result."""
+    seen = {network.names[f"{name}.weight"] for name in _block_linears(network)}
+    outside = [name for name in plan.schemes if f"{name}.weight" not in seen]
+    return [f"rounded to nearest, being in no decoder block: {', '.join(outside)}"] if outside else []
 
 
 def _codes(job: _Job, block: Block, schemes: dict[str, Any]) -> dict[str, QuantizedTensor]:
@@ -218,16 +226,18 @@ def _write_rest(job: _Job, block: Block, stored: dict[str, str], written: set[st
     return folded
 
 
-def _write_outside(job: _Job, unseen: list[str], written: set[str]) -> None:
+def _write_outside(job: _Job, written: set[str]) -> None:
     """Everything that is in no block; a head that is to be quantized has no group to scale and is rounded."""
     round_weight = WEIGHT_METHODS["rtn"]
     for name in job.checkpoint.infos:
         module = name.removesuffix(".weight")
-        if module in unseen and name.endswith(".weight"):
+        if name in written:
+            continue
+        if module in job.plan.schemes and name.endswith(".weight"):
             weight = job.checkpoint.read(name)
             require_finite(name, weight)
             job.write_packed(module, round_weight(weight, job.plan.schemes[module], job.round_scales, mse=True))
-        elif name not in written:
+        else:
             job.copy(name)
 
 

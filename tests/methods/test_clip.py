@@ -142,6 +142,16 @@ def test_scales_are_fitted_to_their_codes(bits: int, group_size: int, sym: bool,
     assert errors.sum() <= unfitted * (1 + 1e-3)
 
 
+def test_ranges_are_shrunk_where_few_values_need_them() -> None:
+    """Of normal weights in large groups nearly all at 3 bits, and much; at 8 bits hardly any."""
+    weight = torch.randn(16, 512, generator=torch.Generator().manual_seed(0))
+    low = best_ratios(weight, QuantScheme(3, 128), as_bfloat16, None)
+    high = best_ratios(weight, QuantScheme(8, 128), as_bfloat16, None)
+    assert (low < 1).float().mean() > 0.9
+    assert low.mean() < 0.85
+    assert high.mean() > 0.95
+
+
 def test_fitting_is_worth_it() -> None:
     scheme = QuantScheme(4, 64, sym=False)
     weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
