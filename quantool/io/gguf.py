@@ -74,6 +74,11 @@ class GgufCheckpoint:
         self._heads = {"q_proj": self.config["num_attention_heads"], "k_proj": self.config["num_key_value_heads"]}
         for name, tensor in self._tensors.items():
             heads = self._permuted_heads(name)
+            dimensions = 2 if name.endswith(".weight") else 1
+            if heads and (len(tensor.shape) != dimensions or not tensor.nbytes):
+                raise QuantoolError(
+                    f"{path}: tensor {tensor.name!r}: shape {list(tensor.shape)}, expected {dimensions} dimensions, none of them 0"
+                )
             if heads and tensor.shape[0] % (2 * heads):
                 raise QuantoolError(
                     f"{path}: tensor {tensor.name!r}: {tensor.shape[0]} rows do not divide by {heads} heads"

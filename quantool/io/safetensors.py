@@ -68,7 +68,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     for name, known in DTYPES.items():
         if known == dtype:
             return name
-    raise QuantoolError(f"safetensors cannot store {dtype}, expected one of {', '.join(DTYPES)}", hint=DOWNLOAD_AGAIN)
+    raise damaged(f"safetensors cannot store {dtype}, expected one of {', '.join(DTYPES)}")
 
 
 def nbytes(dtype: str, shape: Iterable[int]) -> int:
@@ -142,7 +142,7 @@ class SafetensorsCheckpoint:
     def read(self, name: str) -> torch.Tensor:
         """The tensor as a view of its mapped shard, see MappedFile.read."""
         if name not in self._files:
-            raise QuantoolError(f"{self.path}: there is no tensor {name!r}", hint=DOWNLOAD_AGAIN)
+            raise damaged(f"{self.path}: there is no tensor {name!r}")
         return self._files[name].read(name)
 
     def drop(self, name: str) -> None:
@@ -165,21 +165,23 @@ class SafetensorsCheckpoint:
                     ) from error
 
 
+def damaged(message: str) -> QuantoolError:
+    """The error for a file that is not what it was when it was made."""
+    return QuantoolError(message, hint=DOWNLOAD_AGAIN)
+
+
 def open_regular(path: Path) -> BinaryIO:
     """Open for reading; a directory, a pipe (which would block) or a missing permission is one error line."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise QuantoolError(
-                f"{path}: is {'a directory' if path.is_dir() else 'not a regular file'}, expected a file",
-                hint=DOWNLOAD_AGAIN,
-            )
+            raise damaged(f"{path}: is {'a directory' if path.is_dir() else 'not a regular file'}, expected a file")
         return open(path, "rb")
     except FileNotFoundError as error:
-        raise QuantoolError(f"{path}: no such file", hint=DOWNLOAD_AGAIN) from error
+        raise damaged(f"{path}: no such file") from error
     except PermissionError as error:
         raise QuantoolError(f"{path}: permission denied", hint=f"chmod u+r '{path}'") from error
     except OSError as error:
-        raise QuantoolError(f"{path}: {error.strerror or error}", hint=DOWNLOAD_AGAIN) from error
+        raise damaged(f"{path}: {error.strerror or error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -187,13 +189,11 @@ def read_json(path: Path) -> dict[str, Any]:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_HEADER_BYTES:
-            raise QuantoolError(
-                f"{path}: has {size} bytes, expected at most {MAX_HEADER_BYTES} bytes of JSON", hint=DOWNLOAD_AGAIN
-            )
+            raise damaged(f"{path}: has {size} bytes, expected at most {MAX_HEADER_BYTES} bytes of JSON")
         try:
             return _json_object(file.read())
         except (ValueError, RecursionError) as error:
-            raise QuantoolError(f"{path}: is not a JSON object: {error}", hint=DOWNLOAD_AGAIN) from error
+            raise damaged(f"{path}: is not a JSON object: {error}") from error
 
 
 def drop_pages(mapping: mmap.mmap, start: int, length: int) -> None:
@@ -234,24 +234,23 @@ def _json_object(data: bytes) -> dict[str, Any]:
 def _read_header(path: Path, file: BinaryIO, size: int) -> tuple[dict[str, Any], int]:
     """The header object and the offset of the first data byte."""
     if size < 8:
-        raise QuantoolError(f"{path}: has {size} bytes, a safetensors file has at least 8", hint=DOWNLOAD_AGAIN)
+        raise damaged(f"{path}: has {size} bytes, a safetensors file has at least 8")
     length = int.from_bytes(file.read(8), "little")
     if length > MAX_HEADER_BYTES:
-        raise QuantoolError(
-            f"{path}: the header claims {length} bytes, expected at most {MAX_HEADER_BYTES}: not a safetensors file",
-            hint=DOWNLOAD_AGAIN,
+        raise damaged(
+            f"{path}: the header claims {length} bytes, expected at most {MAX_HEADER_BYTES}: not a safetensors file"
         )
     if length > size - 8:
-        raise QuantoolError(f"{path}: the header needs {length} bytes, the file has {size - 8}", hint=DOWNLOAD_AGAIN)
+        raise damaged(f"{path}: the header needs {length} bytes, the file has {size - 8}")
     try:
         return _json_object(file.read(length)), 8 + length
     except (ValueError, RecursionError) as error:
-        raise QuantoolError(f"{path}: bad header: {error}", hint=DOWNLOAD_AGAIN) from error
+        raise damaged(f"{path}: bad header: {error}") from error
 
 
 def _metadata(path: Path, value: Any) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(item, str) for item in value.values()):
-        raise QuantoolError(f"{path}: bad header: __metadata__ is not an object of strings", hint=DOWNLOAD_AGAIN)
+        raise damaged(f"{path}: bad header: __metadata__ is not an object of strings")
     return value
 
 
@@ -259,25 +258,17 @@ def _span(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
     """One header entry, checked for itself: (info, begin, end)."""
     where = f"{path.name}: tensor {name!r}:"
     if not isinstance(entry, dict):
-        raise QuantoolError(
-            f"{where} bad header: the entry is {type(entry).__name__}, expected an object", hint=DOWNLOAD_AGAIN
-        )
+        raise damaged(f"{where} bad header: the entry is {type(entry).__name__}, expected an object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise QuantoolError(
-            f"{where} unknown dtype {dtype!r}, expected one of {', '.join(DTYPES)}", hint=DOWNLOAD_AGAIN
-        )
+        raise damaged(f"{where} unknown dtype {dtype!r}, expected one of {', '.join(DTYPES)}")
     if not _naturals(shape) or len(shape) > MAX_DIMENSIONS or nbytes(dtype, (max(n, 1) for n in shape)) >= 1 << 63:
-        raise QuantoolError(
-            f"{where} shape is {_short(shape)}, expected a list of sizes a tensor can have", hint=DOWNLOAD_AGAIN
-        )
+        raise damaged(f"{where} shape is {_short(shape)}, expected a list of sizes a tensor can have")
     if not _naturals(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] < 1 << 63:
-        raise QuantoolError(f"{where} data_offsets is {_short(offsets)}, expected [begin, end]", hint=DOWNLOAD_AGAIN)
+        raise damaged(f"{where} data_offsets is {_short(offsets)}, expected [begin, end]")
     needed, (begin, end) = nbytes(dtype, shape), offsets
     if needed != end - begin:
-        raise QuantoolError(
-            f"{where} shape {shape} {dtype} needs {needed} bytes, the file has {end - begin}", hint=DOWNLOAD_AGAIN
-        )
+        raise damaged(f"{where} shape {shape} {dtype} needs {needed} bytes, the file has {end - begin}")
     return TensorInfo(name, tuple(shape), dtype, needed, path), begin, end
 
 
@@ -296,23 +287,15 @@ def _check_cover(path: Path, ordered: list[tuple[TensorInfo, int, int]], size: i
     for info, begin, end in ordered:
         where = f"{path.name}: tensor {info.name!r}:"
         if begin < reached:
-            raise QuantoolError(
-                f"{where} starts at byte {begin}, before the tensor in front of it ends at {reached}",
-                hint=DOWNLOAD_AGAIN,
-            )
+            raise damaged(f"{where} starts at byte {begin}, before the tensor in front of it ends at {reached}")
         if begin > reached:
-            raise QuantoolError(
-                f"{where} starts at byte {begin}, expected {reached}: no tensor owns the bytes between",
-                hint=DOWNLOAD_AGAIN,
-            )
+            raise damaged(f"{where} starts at byte {begin}, expected {reached}: no tensor owns the bytes between")
         if end > size:
             total = max(last for _, _, last in ordered)
-            raise QuantoolError(
-                f"{where} ends at byte {end}, the file has {size} data bytes of {total}: truncated", hint=DOWNLOAD_AGAIN
-            )
+            raise damaged(f"{where} ends at byte {end}, the file has {size} data bytes of {total}: truncated")
         reached = end
     if reached != size:
-        raise QuantoolError(f"{path}: has {size} data bytes, its header describes {reached}", hint=DOWNLOAD_AGAIN)
+        raise damaged(f"{path}: has {size} data bytes, its header describes {reached}")
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -321,11 +304,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     except PermissionError as error:
         raise QuantoolError(f"{path}: permission denied", hint=f"chmod u+rx '{path}'") from error
     except OSError as error:
-        raise QuantoolError(f"{path}: {error.strerror or error}", hint=DOWNLOAD_AGAIN) from error
+        raise damaged(f"{path}: {error.strerror or error}") from error
     if not names:
-        raise QuantoolError(
-            f"{path}: the directory is empty, expected config.json and *.safetensors", hint=DOWNLOAD_AGAIN
-        )
+        raise damaged(f"{path}: the directory is empty, expected config.json and *.safetensors")
     if "config.json" not in names:
         found = sorted(names)
         listing = ", ".join(repr(name) for name in found[:3]) + (", ..." if len(found) > 3 else "")
@@ -351,7 +332,7 @@ def _find_weights(path: Path) -> tuple[list[Path], dict[str, str] | None]:
     pickles = sorted(name for suffix in ("bin", "pt", "pth") for name in path.glob(f"*.{suffix}"))
     if pickles:
         raise pickle_error(pickles[0], path)
-    raise QuantoolError(f"{path}: there is no model.safetensors", hint=DOWNLOAD_AGAIN)
+    raise damaged(f"{path}: there is no model.safetensors")
 
 
 def pickle_error(file: Path, directory: Path) -> QuantoolError:
@@ -366,14 +347,11 @@ def pickle_error(file: Path, directory: Path) -> QuantoolError:
 def _read_index(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise QuantoolError(
-            f"{index}: weight_map is {_short(weight_map)}, expected tensor names and files", hint=DOWNLOAD_AGAIN
-        )
+        raise damaged(f"{index}: weight_map is {_short(weight_map)}, expected tensor names and files")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise QuantoolError(
-                f"{index.name}: tensor {name!r} is in {_short(shard)}, expected a .safetensors file beside the index",
-                hint=DOWNLOAD_AGAIN,
+            raise damaged(
+                f"{index.name}: tensor {name!r} is in {_short(shard)}, expected a .safetensors file beside the index"
             )
     for shard in sorted(set(weight_map.values())):
         if not shard.isprintable() or not os.path.lexists(index.parent / shard):
@@ -388,9 +366,7 @@ def _files_by_tensor(files: list[MappedFile]) -> dict[str, MappedFile]:
     for file in files:
         for name in file.infos:
             if name in owners:
-                raise QuantoolError(
-                    f"{file.path}: tensor {name!r} is also in {owners[name].path.name}", hint=DOWNLOAD_AGAIN
-                )
+                raise damaged(f"{file.path}: tensor {name!r} is also in {owners[name].path.name}")
             owners[name] = file
     return owners
 
@@ -398,9 +374,7 @@ def _files_by_tensor(files: list[MappedFile]) -> dict[str, MappedFile]:
 def _check_index(path: Path, index: dict[str, str], owners: Mapping[str, MappedFile]) -> None:
     for name, shard in index.items():
         if name not in owners or owners[name].path.name != shard:
-            raise QuantoolError(
-                f"{path / shard}: has no tensor {name!r}, which the index puts there", hint=DOWNLOAD_AGAIN
-            )
+            raise damaged(f"{path / shard}: has no tensor {name!r}, which the index puts there")
     for name, file in owners.items():
         if name not in index:
-            raise QuantoolError(f"{file.path}: tensor {name!r} is not in the index", hint=DOWNLOAD_AGAIN)
+            raise damaged(f"{file.path}: tensor {name!r} is not in the index")

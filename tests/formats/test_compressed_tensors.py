@@ -164,7 +164,12 @@ def test_config_of_one_scheme() -> None:
         "global_compression_ratio": None,
         "sparsity_config": {},
         "transform_config": {},
+        # without it transformers 5.23 refuses packed zero points
+        "dequantize": True,
     }
+    symmetric = compressed_tensors.quantization_config(dict.fromkeys(MIXED, QuantScheme(4, 64, sym=True)), KEPT)
+    assert "dequantize" not in symmetric
+    assert "dequantize" not in compressed_tensors.quantization_config(MIXED, KEPT)
 
 
 def test_config_of_several_schemes_names_every_module() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Q
 from gguf.quants import dequantize, quantize
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -343,6 +343,7 @@ def test_truncations_are_refused(tmp_path: Path) -> None:
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(changes=st.lists(st.tuples(st.integers(0, 4000), st.integers(0, 255)), min_size=1, max_size=8))
+@example(changes=[(1168, 0)])  # a q projection of rows of no columns
 def test_damaged_bytes_never_crash(tmp_path: Path, changes: list[tuple[int, int]]) -> None:
     good = tmp_path / "good.gguf"
     if not good.exists():
