@@ -77,7 +77,7 @@ class GgufCheckpoint:
             dimensions = 2 if name.endswith(".weight") else 1
             if heads and (len(tensor.shape) != dimensions or not tensor.nbytes):
                 raise QuantoolError(
-                    f"{path}: tensor {tensor.name!r}: shape {list(tensor.shape)}, expected {dimensions} dimensions, none of them 0"
+                    f"{path}: tensor {tensor.name!r}: shape {list(tensor.shape)}, expected {dimensions} above 0"
                 )
             if heads and tensor.shape[0] % (2 * heads):
                 raise QuantoolError(
