@@ -5,6 +5,7 @@ that needs activations replays the calibration tokens block by block through the
 are written into planned places as they come, under a temporary name that is renamed when all are there.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +78,6 @@ def run(
     checkpoint = open_checkpoint(model)
     require_decoder(checkpoint)
     plan = make_plan(checkpoint, recipe)
-    scheme = next(iter(plan.schemes.values()))
     target = output or _default_output(model, recipe, plan.group_size)
     if not dry_run:
         _check_output(checkpoint, target, overwrite)
@@ -106,7 +106,7 @@ def run(
         output=str(target),
         method=recipe.method,
         format=recipe.format,
-        scheme=str(scheme),
+        scheme=_describe(plan),
         group_size=plan.group_size,
         bytes=size,
         bits_per_weight=size * 8 / plan.parameters,
@@ -245,6 +245,12 @@ def _artifact_config(checkpoint: Checkpoint, recipe: Recipe, plan: Plan) -> dict
     """The source's config.json, key for key, with the quantization added."""
     section = FORMATS[recipe.format].quantization_config(plan.schemes, plan.kept)
     return {**checkpoint.config, "quantization_config": section}
+
+
+def _describe(plan: Plan) -> str:
+    """The scheme, or every scheme with its number of modules, the most common first."""
+    counts = Counter(map(str, plan.schemes.values())).most_common()
+    return counts[0][0] if len(counts) == 1 else ", ".join(f"{scheme} ({count})" for scheme, count in counts)
 
 
 def _check_output(checkpoint: Checkpoint, target: Path, overwrite: bool) -> None:

@@ -132,6 +132,11 @@ def test_the_result_says_what_was_done(tiny_llama: Path, tmp_path: Path) -> None
     assert done.peak_memory_bytes > 50_000_000
 
 
+def test_the_result_names_every_scheme(tiny_llama: Path) -> None:
+    mixed = replace(RTN, bits=4, group_size=64, overrides=(Override("mlp.down_proj", bits=8),))
+    assert quantize(tiny_llama, None, mixed, dry_run=True).scheme == "W4A16 sym g64 (12), W8A16 sym g64 (2)"
+
+
 def test_only_norms_and_quantized_weights_change(tiny_llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     quantize(tiny_llama, out, AWQ)
