@@ -29,7 +29,7 @@ docs: setup  ## the README's help blocks, from --help
 	$(BIN)/python benchmarks/help_blocks.py
 
 bench: setup  ## quantool beside its peers, and the memory of a 4 GB checkpoint
-	$(BIN)/python benchmarks/awq_vs_peers.py
+	$(BIN)/python benchmarks/methods_vs_peers.py
 	$(BIN)/python benchmarks/memory.py
 
 clean:  ## back to a fresh clone

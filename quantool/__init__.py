@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from quantool.errors import QuantoolError
-    from quantool.runtime import load
+    from quantool.runtime.load import load
     from quantool.stages.calibrate import run as calibrate
     from quantool.stages.eval_ppl import run as evaluate
     from quantool.stages.inspect import run as inspect

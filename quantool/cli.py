@@ -23,7 +23,7 @@ from quantool.data import Progress
 from quantool.errors import CheckFailed, QuantoolError, UsageError
 from quantool.options import Output, text_options
 from quantool.recipe import build_recipe
-from quantool.scheme import FORMAT_NAMES, METHOD_NAMES, PRESETS
+from quantool.scheme import FORMAT_NAMES, METHOD_NAMES
 
 # The libraries below have progress bars and warnings of their own, and read these when they are imported.
 QUIET_LIBRARIES = {
@@ -217,22 +217,13 @@ _quantize_options = options.together(
         "-o", "--output", type=options.OUTPUT, help="Directory to write.  [default: MODEL-METHOD-wBITS-gGROUP]"
     ),
     click.option("--method", type=click.Choice(METHOD_NAMES), default="rtn", help="How to choose the codes."),
-    click.option("--bits", type=click.IntRange(2, 8), metavar="N", default=4, help="Bits of a weight."),
+    *options.scheme,
     click.option(
-        "--group-size",
-        type=options.parse_group_size,
-        metavar="N|auto",
-        default="auto",
-        help="Weights that share a scale; -1: a row; 0: a tensor; auto: the largest of 128, 64, 32 that divides.",
+        "--format",
+        type=click.Choice(FORMAT_NAMES),
+        help="Layout on disk; alone, with a quantized MODEL, repack its codes.  [default: compressed-tensors; nf4, "
+        "fp4 and llm-int8 bitsandbytes]",
     ),
-    click.option("--sym/--asym", default=None, help="Without or with a zero point.  [default: rtn sym, awq asym]"),
-    click.option(
-        "--scheme",
-        type=click.Choice(list(PRESETS), case_sensitive=False),
-        metavar="PRESET",
-        help=f"Bits, group size and symmetry in one word; their own options override it: {', '.join(PRESETS)}.",
-    ),
-    click.option("--format", type=click.Choice(FORMAT_NAMES), help="Layout on disk.  [default: compressed-tensors]"),
     click.option("--calibration", type=options.FILE, help="Output of quantool calibrate, instead of text options."),
     options.text_windows(split="train", num_samples=128),
     options.seed,
@@ -243,8 +234,7 @@ _quantize_options = options.together(
         default=("lm_head",),
         help="Module to leave in float, by its name or the end of it; '' for none. Repeatable.",
     ),
-    click.option("--n-grid", type=options.COUNT, metavar="N", default=20, help="awq: steps of the scale search."),
-    click.option("--mse", is_flag=True, help="rtn: search the clipping range for the least squared error."),
+    *options.methods,
     click.option(
         "--max-shard-size", type=options.parse_size, metavar="SIZE", default="5GB", help="Largest file to write."
     ),
@@ -254,7 +244,9 @@ _quantize_options = options.together(
 
 @cli.command(
     epilog=_examples(
-        "quantool quantize MODEL --bits 4 --method awq", "quantool quantize MODEL -c configs/w4a16-awq-g128.yaml -o OUT"
+        "quantool quantize MODEL --bits 4 --method awq",
+        "quantool quantize MODEL -c configs/w4a16-awq-g128.yaml -o OUT",
+        "quantool quantize OUT --format gptq",
     )
 )
 @click.argument("model")
@@ -295,16 +287,28 @@ def quantize(
             device=device,
             dry_run=dry_run,
             overwrite=overwrite,
+            repack_to=None if options.change_codes(ctx) else values["format"],
             progress=progress,
         )
     emit(ctx.obj, result, console.print_plan if dry_run else console.print_quantize)
 
 
-@cli.command(epilog=_examples("quantool inspect OUT", "quantool inspect OUT --filter down_proj --against MODEL"))
+_stats_help = (
+    "Read the data: range and mean of each tensor; of a calibration file, the outlier channels of each linear."
+)
+
+
+@cli.command(
+    epilog=_examples(
+        "quantool inspect OUT",
+        "quantool inspect OUT --filter down_proj --against MODEL",
+        "quantool inspect calibration.safetensors --stats",
+    )
+)
 @click.argument("artifact")
 @click.option("--tensors", is_flag=True, help="List every tensor.")
 @click.option("--filter", type=options.parse_regex, metavar="REGEX", help="List the tensors whose name matches.")
-@click.option("--stats", is_flag=True, help="Read the data: least, greatest and mean value of each tensor.")
+@click.option("--stats", is_flag=True, help=_stats_help)
 @click.option("--against", metavar="REFERENCE", help="Relative error of each weight against this model's.")
 @click.option("--verify", is_flag=True, help="Check offsets, sizes and finiteness; exit 3 on failure.")
 @options.prints

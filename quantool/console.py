@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Record = Mapping[str, Any]
 WIDTH = 100_000  # characters: no line is ever wrapped or cut
 MAX_METADATA = 100  # characters of a metadata value
+TEXT_KEYS = ("dataset", "split", "num_samples", "seq_len")  # of a calibration file's metadata
 
 
 def escape(text: object) -> str:
@@ -176,17 +177,17 @@ def print_environment() -> None:
 
 def print_calibrate(result: Record, *, dry_run: bool = False) -> None:
     """What calibrate wrote, or would write."""
-    _print(
-        _pairs(
-            [
-                ("output", _output(result, dry_run)),
-                ("text", _text(result)),
-                ("statistics", f"{result['linears']} linears over {result['tokens']:,} tokens"),
-                ("size", size(result["bytes"])),
-                *_cost(result),
-            ]
-        )
-    )
+    pairs = [
+        ("output", _output(result, dry_run)),
+        ("text", _text(result)),
+        ("statistics", f"{result['linears']} linears over {result['tokens']:,} tokens"),
+        ("size", size(result["bytes"])),
+        *_cost(result),
+    ]
+    if result["least_expert"] is not None:
+        starved = f"{result['starved_experts']} saw fewer than one window of {result['seq_len']} tokens"
+        pairs.insert(3, ("experts", f"{starved}; the least, {result['least_tokens']:,}: {result['least_expert']}"))
+    _print(_pairs(pairs))
 
 
 def print_quantize(result: Record) -> None:
@@ -223,21 +224,26 @@ def print_plan(result: Record) -> None:
 
 def print_inspect(result: Record) -> None:
     """What inspect found: the summary, then a table for each thing there is."""
-    _print(
-        _pairs(
-            [
-                ("artifact", result["artifact"]),
-                ("format", result["format"]),
-                ("parameters", f"{result['parameters']:,}"),
-                ("size", size(result["bytes"])),
-                ("bits per weight", number(result["bits_per_weight"], 3)),
-            ]
-        ),
-        *_inspect_tables(result),
-    )
+    recorded = result["linears"] is not None  # a calibration file holds no weights
+    pairs = [("artifact", result["artifact"]), ("format", result["format"])]
+    if recorded:
+        pairs += [("text", _recorded_text(result["metadata"])), ("statistics", f"{result['linears']} linears")]
+    else:
+        pairs.append(("parameters", f"{result['parameters']:,}"))
+    pairs.append(("size", size(result["bytes"])))
+    if not recorded:
+        pairs.append(("bits per weight", number(result["bits_per_weight"], 3)))
+    tables = () if recorded else _weight_tables(result)
+    _print(_pairs(pairs), *tables, *_inspect_tables(result))
 
 
-def _inspect_tables(result: Record) -> Iterator["Table"]:
+def _recorded_text(metadata: Mapping[str, str]) -> str:
+    """What a calibration file was recorded on, as far as it says."""
+    dataset, split, windows, length = (metadata.get(key, "?") for key in TEXT_KEYS)
+    return f"{dataset} ({split}), {windows} windows of {length} tokens"
+
+
+def _weight_tables(result: Record) -> Iterator["Table"]:
     rows: list[tuple[str, ...]]
     rows = [
         (dtype, str(use["tensors"]), f"{use['parameters']:,}", size(use["bytes"]))
@@ -249,13 +255,35 @@ def _inspect_tables(result: Record) -> Iterator["Table"]:
         for kind, use in result["by_kind"].items()
     ]
     yield _table(("kind", "parameters", "size", "bits per weight"), rows, numeric=3)
+
+
+def _inspect_tables(result: Record) -> Iterator["Table"]:
     if result["schemes"]:
         rows = [(scheme, str(modules)) for scheme, modules in result["schemes"].items()]
         yield _table(("scheme", "modules"), rows, numeric=1)
-    if result["metadata"]:
-        yield _table(("metadata", "value"), [(key, _short(value)) for key, value in result["metadata"].items()])
+    said = TEXT_KEYS if result["linears"] is not None else ()
+    metadata = [(key, _short(value)) for key, value in result["metadata"].items() if key not in said]
+    if metadata:
+        yield _table(("metadata", "value"), metadata)
+    if result["activations"]:
+        yield _activation_table(result["activations"])
     if result["tensors"]:
         yield _tensor_table(result["tensors"])
+
+
+def _activation_table(activations: Sequence[Record]) -> "Table":
+    """What reached each linear, the worst outliers first."""
+    rows = [
+        (
+            *(row["name"], str(row["channels"]), f"{row['tokens']:,}"),
+            "-" if row["amax"] is None else f"{row['amax']:.4g}",
+            "-" if row["outlier_share"] is None else f"{100 * row['outlier_share']:.1f} %",
+            number(row["max_to_median"], 1),
+        )
+        for row in activations
+    ]
+    header = ("linear", "channels", "tokens", "amax", "energy in top 1 %", "max / median")
+    return _table(header, rows, numeric=5)
 
 
 def _tensor_table(tensors: Sequence[Record]) -> "Table":

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from quantool.errors import QuantoolError, UsageError
+from quantool.errors import QuantoolError, UsageError, one_line
 
 if TYPE_CHECKING:
     import torch
@@ -149,7 +149,7 @@ def _load_dataset(name: str, options: TextOptions, *, data_files: str | None, sp
         rows: Iterable[dict[str, Any]] = datasets.load_dataset(name, data_files=data_files, split=split, streaming=True)
     except Exception as error:  # the library raises many classes for a missing, private or offline dataset
         raise QuantoolError(
-            f"dataset '{options.dataset}' ({split}) cannot be opened: {_first_line(error)}",
+            f"dataset '{options.dataset}' ({split}) cannot be opened: {one_line(error)}",
             hint="use a local text, jsonl or parquet file, or --dataset builtin",
         ) from error
     return rows
@@ -176,17 +176,13 @@ def _column(rows: Iterable[dict[str, Any]], options: TextOptions) -> Iterator[st
         raise
     except Exception as error:  # a damaged file surfaces as one of many classes of pyarrow and datasets
         raise QuantoolError(
-            f"dataset '{options.dataset}' cannot be read: {_first_line(error)}", hint="check the file"
+            f"dataset '{options.dataset}' cannot be read: {one_line(error)}", hint="check the file"
         ) from error
 
 
 def _column_hint(row: dict[str, Any]) -> str:
     named = [name for name, value in row.items() if isinstance(value, str)]
     return f"use --text-column {named[0]}" if named else "use a dataset that has a column of text"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def builtin_documents(split: str) -> Iterator[str]:

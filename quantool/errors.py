@@ -4,6 +4,8 @@ The class is the exit code: 1 the work failed, 2 the command line or recipe is w
 did not hold. `cli.py` is the only place that prints them; nothing below it ends the process.
 """
 
+LONGEST = 300  # characters of another library's message
+
 
 class QuantoolError(Exception):
     """An expected failure: `message` names file, tensor, expected and found; `hint` can be pasted."""
@@ -26,3 +28,9 @@ class CheckFailed(QuantoolError):
     """A check the user asked for did not hold (`--max-ppl`, `--max-kld`, `--verify`)."""
 
     exit_code = 3
+
+
+def one_line(error: BaseException) -> str:
+    """What a library says of a failure, in one line of at most 300 characters, to put into a message of ours."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} ..."

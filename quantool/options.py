@@ -7,7 +7,7 @@ of the recipe, else from the default. Messages name an option as it was given.
 import functools
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,28 @@ from click.core import ParameterSource
 
 from quantool.data import TextOptions
 from quantool.errors import UsageError
-from quantool.recipe import load_section
-from quantool.scheme import METHOD_NAMES
+from quantool.recipe import INTEGER_METHODS, load_section
+from quantool.scheme import ACTORDERS, METHOD_NAMES, PRESETS, STARVED_EXPERTS
 
 Decorator = Callable[[Any], Any]
 
 INLINE_TEXT = ("dataset", "split", "text_column", "num_samples", "seq_len", "seed")
+CALIBRATED = ("gptq", "awq", "awq+gptq", "smoothquant")
 # Options of quantize that only some methods have a use for; to give one to another method is an error.
 METHOD_OPTIONS = {
     "mse": ("rtn",),
-    "n_grid": ("awq",),
-    **dict.fromkeys(("calibration", *INLINE_TEXT, "batch_size", "dtype"), ("awq",)),
+    "n_grid": ("awq", "awq+gptq"),
+    **dict.fromkeys(("damp_percent", "actorder"), ("gptq", "awq+gptq", "smoothquant")),
+    "smoothing_strength": ("smoothquant",),
+    "double_quant": ("nf4", "fp4"),
+    "outlier_threshold": ("llm-int8",),
+    **dict.fromkeys(("scheme", "act_bits", "act_dynamic", "act_sym"), INTEGER_METHODS),
+    **dict.fromkeys(
+        ("calibration", *INLINE_TEXT, "batch_size", "dtype", "min_expert_tokens", "starved_experts"), CALIBRATED
+    ),
 }
+# What a repack has a use for: the rest of quantize's options would change codes.
+REPACK_OPTIONS = ("model", "output", "format", "max_shard_size", "config", "dry_run", "overwrite", "device")
 NOT_IN_RECIPE = ("config", "dry_run", "overwrite", "json", "verbose", "quiet")
 SIZE_UNITS = {"": 1, "B": 1, **{f"{p}B": 1000**i for i, p in enumerate("KMGT", 1)}}
 SIZE_UNITS |= {f"{p}IB": 1024**i for i, p in enumerate("KMGT", 1)}
@@ -104,19 +114,22 @@ def spelled(ctx: click.Context, option: click.Parameter) -> str:
         names = [option.envvar] if isinstance(option.envvar, str) else list(option.envvar or ())
         names.append(f"{ctx.auto_envvar_prefix}_{(option.name or '').upper()}")
         return next(name for name in names if os.environ.get(name))
-    return max(option.opts, key=len)
+    names = option.secondary_opts if ctx.params.get(option.name or "") is False else option.opts
+    return max(names or option.opts, key=len)
 
 
 def check_method_options(ctx: click.Context) -> None:
     """Raise UsageError for an option that the chosen method, or a calibration file, leaves without effect."""
-    method, given = ctx.params["method"], sources(ctx)
+    given, method = sources(ctx), ctx.params["method"]
+    overrides = (ctx.default_map or {}).get("overrides", ())
+    methods = {method, *(override.method for override in overrides if override.method)}
     for option in ctx.command.params:
         if option.name not in given:
             continue
         owners = METHOD_OPTIONS.get(option.name, METHOD_NAMES)
-        if method not in owners:
+        if not methods & set(owners):
             raise UsageError(
-                f"{spelled(ctx, option)} belongs to method '{' or '.join(owners)}', the method is '{method}'",
+                f"{spelled(ctx, option)} belongs to method {any_of(owners)}, the method is '{method}'",
                 hint=f"use --method {owners[0]}, or leave it out",
             )
         if ctx.params["calibration"] and option.name in INLINE_TEXT:
@@ -124,6 +137,17 @@ def check_method_options(ctx: click.Context) -> None:
                 f"{spelled(ctx, option)} has no effect with --calibration, whose text is fixed",
                 hint="leave one of the two out",
             )
+
+
+def any_of(words: Sequence[str]) -> str:
+    """'a', 'b' or 'c'."""
+    *others, last = [f"'{word}'" for word in words]
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def change_codes(ctx: click.Context) -> bool:
+    """Whether an option was given that a repack of existing codes has no use for."""
+    return not sources(ctx).keys() <= set(REPACK_OPTIONS)
 
 
 def load_recipe(ctx: click.Context, option: click.Parameter, path: Path | None) -> Path | None:
@@ -145,6 +169,8 @@ def recipe_keys(command: click.Command) -> Iterator[tuple[str, str]]:
             kind = "a list of text"
         elif isinstance(option.type, click.types.IntParamType):
             kind = "an integer"
+        elif isinstance(option.type, click.types.FloatParamType):
+            kind = "a number"
         else:  # click converts these, and says what is wrong with them
             kind = "an integer or text" if option.name in ("group_size", "max_shard_size") else "text"
         yield option.name, kind
@@ -220,3 +246,87 @@ def text_windows(*, split: str, num_samples: int | None) -> Decorator:
 
 _seed_help = "0: the first windows; any other: drawn at random."
 seed = click.option("--seed", type=click.IntRange(0, 2**32 - 1), metavar="N", default=0, help=_seed_help)
+
+scheme = (
+    click.option(
+        "--bits",
+        type=click.IntRange(2, 8),
+        metavar="N",
+        help="Bits of a weight.  [default: 4; smoothquant and llm-int8 8]",
+    ),
+    click.option(
+        "--group-size",
+        type=parse_group_size,
+        metavar="N|auto",
+        help="Weights that share a scale; -1: a row; 0: a tensor; auto: the largest of 128, 64, 32 that divides.  "
+        "[default: auto; nf4 and fp4 64; with 8-bit activations -1]",
+    ),
+    click.option(
+        "--sym/--asym", default=None, help="Without or with a zero point.  [default: sym; awq and awq+gptq asym]"
+    ),
+    click.option(
+        "--scheme",
+        type=click.Choice(list(PRESETS), case_sensitive=False),
+        metavar="PRESET",
+        help=f"Bits, group size and symmetry in one word; their own options override it: {', '.join(PRESETS)}.",
+    ),
+    click.option(
+        "--act-bits",
+        type=click.INT,
+        metavar="8|16",
+        help="Bits of activations: 8, or 16 for float.  [default: smoothquant 8, others 16]",
+    ),
+    click.option(
+        "--act-dynamic/--act-static",
+        default=None,
+        help="One scale per token at run time, or one stored.  [default: dynamic]",
+    ),
+    click.option(
+        "--act-sym/--act-asym", default=None, help="Activations without or with a zero point.  [default: sym]"
+    ),
+)
+methods = (
+    click.option("--n-grid", type=COUNT, metavar="N", default=20, help="awq: steps of the scale search."),
+    click.option(
+        "--damp-percent",
+        type=click.FloatRange(0, 1, min_open=True),
+        metavar="F",
+        default=0.01,
+        help="gptq: damping, as a share of the Hessian's mean diagonal.",
+    ),
+    click.option(
+        "--actorder",
+        type=click.Choice(ACTORDERS),
+        default="static",
+        help="gptq: columns by the Hessian's diagonal, groups as stored (static) or in that order too (group); "
+        "or all as stored (none).",
+    ),
+    click.option(
+        "--smoothing-strength",
+        type=click.FloatRange(0, 1),
+        metavar="F",
+        help="smoothquant: share of the difficulty that moves to the weights.  [default: searched per linear]",
+    ),
+    click.option("--mse", is_flag=True, help="rtn: search the clipping range for the least squared error."),
+    click.option(
+        "--double-quant/--no-double-quant", default=None, help="nf4, fp4: quantize the scales too.  [default: yes]"
+    ),
+    click.option(
+        "--outlier-threshold",
+        type=click.FloatRange(0),
+        metavar="F",
+        help="llm-int8: channels with a value of at least this are multiplied in float; 0: none.  [default: 6]",
+    ),
+    click.option(
+        "--min-expert-tokens",
+        type=COUNT,
+        metavar="N",
+        help="Calibration tokens that every expert has to see.  [default: one window's worth]",
+    ),
+    click.option(
+        "--starved-experts",
+        type=click.Choice(STARVED_EXPERTS),
+        default="error",
+        help="An expert that sees fewer: fail, calibrate it on all tokens, or round it to nearest.",
+    ),
+)

@@ -19,11 +19,13 @@ from quantool.scheme import PER_TENSOR, QuantScheme
 __all__ = [
     "QuantizedTensor",
     "RoundScales",
+    "choose_input_qparams",
     "choose_qparams",
     "dequantize_affine",
     "pack_bits",
     "quantize_affine",
     "require_finite",
+    "round_activations",
     "round_affine",
     "round_to_grid",
     "row_pieces",
@@ -31,9 +33,23 @@ __all__ = [
 ]
 
 PIECE = 1 << 18  # weights: 1 MB in float32, half of a core's L2 on server processors
+MIN_STEP = 2.0**-126  # the least normal float32: the step of a range that is empty
 
 RoundScales = Callable[[torch.Tensor], torch.Tensor]
 """float32 scales -> the same scales in the dtype and precision that a format stores."""
+
+
+@dataclass(frozen=True, slots=True)
+class DoubleQuant:
+    """Scales of blocks that are quantized themselves (QLoRA, Dettmers et al. 2023, section 3).
+
+    scales[i] = quant_map[codes[i]] * absmax[i // 256] + offset
+    """
+
+    codes: torch.Tensor  # uint8 [B]
+    quant_map: torch.Tensor  # float32 [256]
+    absmax: torch.Tensor  # float32 [ceil(B / 256)]
+    offset: torch.Tensor  # float32 []
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +57,14 @@ class QuantizedTensor:
     """Codes and parameters of W [N, K], not yet packed. A method makes it; a format packs it."""
 
     codes: torch.Tensor  # uint8 [N, K]
-    scales: torch.Tensor  # [N, G], in the stored dtype
+    scales: torch.Tensor  # [N, G], in the stored dtype; of nf4 and fp4 the absmax float32 [B] of the flat blocks
     zeros: torch.Tensor | None  # uint8 [N, G]; None when symmetric
     scheme: QuantScheme
     input_scale: torch.Tensor | None = None  # static activation scale, float32 [1]
+    input_zero: torch.Tensor | None = None  # static asymmetric activation zero point, int8 [1]
+    g_idx: torch.Tensor | None = None  # int32 [K], the group of each column; None when groups are contiguous
+    double: DoubleQuant | None = None  # what `scales` were decoded from
+    weight_dtype: torch.dtype | None = None  # of W itself, where a format records it (bitsandbytes)
 
 
 def choose_qparams(
@@ -99,6 +119,37 @@ def round_to_grid(
     return grouped.round_().clamp_(-zero, scheme.max_code - zero).mul_(step).view_as(weight)
 
 
+def round_activations(x: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
+    """What X float32 [..., K] becomes when a runtime rounds every token to 8 bits; as it is for float activations.
+
+    For a static scheme too: what one scale for all tokens costs is not of a method's choosing.
+    """
+    if scheme.act_bits == 16:
+        return x
+    if not scheme.act_sym:
+        low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+        step = ((high - low) / 255).clamp(min=MIN_STEP)
+        zero = (-128 - low / step).round()
+        return ((x / step).round().add_(zero).clamp_(-128, 127).sub_(zero)).mul_(step)
+    step = (x.abs().amax(-1, keepdim=True) / 127.5).clamp(min=MIN_STEP)
+    return (x / step).round_().clamp_(-128, 127).mul_(step)
+
+
+def choose_input_qparams(
+    low: torch.Tensor, high: torch.Tensor, stored: torch.dtype, *, sym: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The scale float32 [1] of int8 activations in [low, high], and zero point int8 [1] (None when symmetric).
+
+    The scale is a value that `stored` holds too.
+    """
+    steps = torch.maximum(high, -low) / 127.5 if sym else (high - low) / 255
+    least = torch.finfo(stored).tiny
+    scale = steps.reshape(1).clamp(min=least).to(stored).to(torch.float32)
+    if sym:
+        return scale, None
+    return scale, (-128 - low.reshape(1) / scale).round().clamp(-128, 127).to(torch.int8)
+
+
 def row_pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """W [N, K] in runs of rows that stay in a core's cache between the passes over them."""
     pieces: tuple[torch.Tensor, ...] = weight.split(max(1, PIECE // weight.shape[1]))
@@ -106,8 +157,14 @@ def row_pieces(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 def dequantize_affine(q: QuantizedTensor) -> torch.Tensor:
-    """The float32 [N, K] that a runtime sees in place of W."""
-    return dequantize(q.codes, q.scales, q.zeros, q.scheme.bits)
+    """The float32 [N, K] that a runtime sees in place of W. Raises ValueError for nf4 and fp4, which have levels."""
+    if q.scheme.flat:
+        raise ValueError(f"{q.scheme} is not affine")
+    if q.g_idx is None:
+        return dequantize(q.codes, q.scales, q.zeros, q.scheme.bits)
+    order = q.g_idx.argsort(stable=True)  # groups together, as in the unordered layout
+    weight = dequantize(q.codes[:, order].contiguous(), q.scales, q.zeros, q.scheme.bits)
+    return torch.empty_like(weight).index_copy_(1, order, weight)
 
 
 def require_finite(name: str, weight: torch.Tensor) -> None:

@@ -18,21 +18,38 @@ which has to match from the beginning of the full name (`re.match`): `re:.*layer
 import difflib
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantool.errors import UsageError
-from quantool.scheme import FORMAT_NAMES, METHOD_NAMES, PRESETS, QuantScheme
+from quantool.scheme import FORMAT_NAMES, METHOD_NAMES, PER_CHANNEL, PRESETS, MethodOptions, QuantScheme
 
 if TYPE_CHECKING:
     from yaml import Node
 
 SECTIONS = ("calibrate", "quantize")
+_INTEGER = {"bits": 4, "sym": True, "format": "compressed-tensors"}
+_FLAT = {"bits": 4, "group_size": 64, "double_quant": True, "format": "bitsandbytes"}
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "rtn": {"bits": 4, "sym": True, "format": "compressed-tensors"},
-    "awq": {"bits": 4, "sym": False, "format": "compressed-tensors"},
+    "rtn": _INTEGER,
+    "gptq": _INTEGER,
+    "awq": {**_INTEGER, "sym": False},
+    "awq+gptq": {**_INTEGER, "sym": False},
+    "smoothquant": {**_INTEGER, "bits": 8, "group_size": PER_CHANNEL, "act_bits": 8},
+    "nf4": {**_FLAT, "dtype": "nf4"},
+    "fp4": {**_FLAT, "dtype": "fp4"},
+    "llm-int8": {
+        "bits": 8,
+        "group_size": PER_CHANNEL,
+        "act_bits": 8,
+        "outlier_threshold": 6.0,
+        "format": "bitsandbytes",
+    },
 }
+INTEGER_METHODS = ("rtn", "gptq", "awq", "awq+gptq", "smoothquant")
+"""Those that have a choice of bits, groups and symmetry, and whose modules may stand in one artifact."""
+SCHEME_OPTIONS = ("bits", "group_size", "sym", "act_bits", "act_dynamic", "act_sym")
 REGEX = "re:"
 MAX_FILE_BYTES = 1 << 20
 
@@ -51,6 +68,7 @@ OVERRIDE_KEYS = {
     "bits": "an integer",
     "group_size": "an integer",
     "sym": "true or false",
+    "method": "text",
     "ignore": "true or false",
 }
 
@@ -66,24 +84,29 @@ class Override:
     bits: int | None = None
     group_size: int | None = None
     sym: bool | None = None
+    method: str | None = None
     ignore: bool = False
 
     def __post_init__(self) -> None:
         check_pattern(self.match)
-        changes = [value for value in (self.bits, self.group_size, self.sym) if value is not None]
+        changes = [value for value in (self.bits, self.group_size, self.sym, self.method) if value is not None]
         if bool(changes) == self.ignore:
             what = "both 'ignore' and other settings" if self.ignore else "nothing to change"
             raise UsageError(
-                f"override of '{self.match}' has {what}", hint="give it bits, group_size or sym, or ignore: true"
+                f"override of '{self.match}' has {what}",
+                hint="give it bits, group_size, sym or method, or ignore: true",
             )
         _check_ranges(self.bits, self.group_size)
+        if self.method is not None:
+            _check_word(self.method, METHOD_NAMES, f"override of '{self.match}': unknown method")
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Which modules become what. `group_size` None is auto; `n_grid` belongs to awq and `mse` to rtn.
+    """Which modules become what. `group_size` None is auto; the fields up to `outlier_threshold` are QuantScheme's.
 
-    Raises UsageError for an unknown method or format, a value out of range, and a pattern that does not compile.
+    Raises UsageError for an unknown method or format, a value out of range, a scheme that the method cannot express,
+    and a pattern that does not compile.
     """
 
     method: str = "rtn"
@@ -91,59 +114,136 @@ class Recipe:
     bits: int = 4
     group_size: int | None = None
     sym: bool = True
+    act_bits: int = 16
+    act_dynamic: bool = True
+    act_sym: bool = True
+    dtype: str = "int"
+    double_quant: bool = False
+    outlier_threshold: float | None = None
     ignore: tuple[str, ...] = ("lm_head",)
     overrides: tuple[Override, ...] = ()
-    n_grid: int = 20
-    mse: bool = False
+    options: MethodOptions = field(default_factory=MethodOptions)
 
     def __post_init__(self) -> None:
         _check_word(self.method, METHOD_NAMES, "unknown method")
         _check_word(self.format, FORMAT_NAMES, "unknown format")
-        _check_ranges(self.bits, self.group_size)
-        if self.n_grid < 1:
-            raise UsageError(f"n_grid is {self.n_grid}, expected at least 1", hint="use --n-grid 20")
+        _check_ranges(self.bits, self.group_size, act_bits=self.act_bits, outlier_threshold=self.outlier_threshold)
         for pattern in self.ignore:
             check_pattern(pattern)
+        _check_expressible(self)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Every method that some module may be quantized by, the recipe's own first."""
+        return (self.method, *dict.fromkeys(o.method for o in self.overrides if o.method not in {None, self.method}))
 
     def scheme_for(self, name: str, group_size: int) -> QuantScheme | None:
         """The scheme of module `name`, None when it is left in float. `group_size` is what auto resolved to."""
-        if any(matches(pattern, name) for pattern in self.ignore):
+        override = self._override_for(name)
+        if any(matches(pattern, name) for pattern in self.ignore) or (override is not None and override.ignore):
             return None
-        default = QuantScheme(self.bits, group_size if self.group_size is None else self.group_size, self.sym)
-        for override in self.overrides:
-            if matches(override.match, name):
-                return _overridden(default, override)
-        return default
+        default = QuantScheme(
+            bits=self.bits,
+            group_size=group_size if self.group_size is None else self.group_size,
+            sym=self.sym,
+            act_bits=self.act_bits,
+            act_dynamic=self.act_dynamic,
+            act_sym=self.act_sym,
+            dtype=self.dtype,
+            double_quant=self.double_quant,
+            outlier_threshold=self.outlier_threshold,
+        )
+        return default if override is None else _overridden(default, override)
+
+    def method_for(self, name: str) -> str:
+        """The method of module `name`."""
+        override = self._override_for(name)
+        return self.method if override is None or override.method is None else override.method
+
+    def _override_for(self, name: str) -> Override | None:
+        return next((override for override in self.overrides if matches(override.match, name)), None)
 
 
-def _overridden(default: QuantScheme, override: Override) -> QuantScheme | None:
-    if override.ignore:
-        return None
-    return QuantScheme(
-        bits=default.bits if override.bits is None else override.bits,
-        group_size=default.group_size if override.group_size is None else override.group_size,
-        sym=default.sym if override.sym is None else override.sym,
-    )
+def _check_expressible(recipe: Recipe) -> None:
+    """Raise UsageError for a scheme that the method cannot express."""
+    dtype = METHOD_DEFAULTS[recipe.method].get("dtype", "int")
+    if recipe.dtype != dtype:
+        raise UsageError(f"dtype is {recipe.dtype}, method {recipe.method} has {dtype}", hint=f'use dtype="{dtype}"')
+    if recipe.method not in INTEGER_METHODS:
+        _check_fixed(recipe)
+        return
+    _check_activations(recipe)
+    foreign = next((name for name in recipe.methods if name not in INTEGER_METHODS), None)
+    if foreign is not None:
+        raise UsageError(
+            f"an override asks for method {foreign}, whose weights cannot stand beside those of {recipe.method}",
+            hint=f"use --method {foreign} for all, or {', '.join(INTEGER_METHODS[:-1])} or {INTEGER_METHODS[-1]} in it",
+        )
+
+
+def _check_fixed(recipe: Recipe) -> None:
+    """The methods of bitsandbytes have one scheme, of which a choice of groups is all that some leave."""
+    method, own = recipe.method, METHOD_DEFAULTS[recipe.method]
+    flags = {"bits": f"--bits {recipe.bits}", "sym": "--asym", "group_size": f"--group-size {recipe.group_size}"}
+    fixed = {"bits": own["bits"], "sym": True}
+    if recipe.dtype == "int":
+        fixed["group_size"] = own["group_size"]
+    for name, value in fixed.items():
+        if getattr(recipe, name) != value:
+            raise UsageError(
+                f"method {method} has no {flags[name]}", hint=f"use --method rtn {flags[name]}, or leave it out"
+            )
+    odd = next((override for override in recipe.overrides if not override.ignore), None)
+    if odd is not None:
+        raise UsageError(
+            f"method {method} has one scheme for all modules, the override of '{odd.match}' asks for another",
+            hint=f"use ignore: true in it, or one of the methods {', '.join(INTEGER_METHODS)}",
+        )
+
+
+def _check_activations(recipe: Recipe) -> None:
+    if "smoothquant" in recipe.methods and recipe.act_bits != 8:
+        raise UsageError(
+            f"method smoothquant is for 8-bit activations, found --act-bits {recipe.act_bits}",
+            hint="use --method awq, or --act-bits 8",
+        )
+    if recipe.method == "rtn" and not recipe.act_dynamic:
+        raise UsageError(
+            "a stored activation scale needs calibration, and method rtn looks at none",
+            hint="use --method smoothquant, or --act-dynamic",
+        )
+    if recipe.act_bits != 8 and not (recipe.act_dynamic and recipe.act_sym):
+        raise UsageError(
+            f"{'--act-asym' if recipe.act_dynamic else '--act-static'} has no effect on float activations",
+            hint="use --method smoothquant, or leave it out",
+        )
+
+
+def _overridden(default: QuantScheme, override: Override) -> QuantScheme:
+    changes = {name: getattr(override, name) for name in ("bits", "group_size", "sym")}
+    return replace(default, **{name: value for name, value in changes.items() if value is not None})
 
 
 def build_recipe(options: Mapping[str, Any], given: Mapping[str, int], overrides: tuple[Override, ...] = ()) -> Recipe:
     """The recipe of one run, from the options of quantize; `given` maps those not left to default to their source.
 
-    The lower its source, the more explicit an option. A preset decides bits, group size and symmetry, except where one
-    of these is at least as explicit: `--scheme` on the command line beats `bits` in the file, and `--bits` beats both.
+    The lower its source, the more explicit an option. A preset decides the scheme, except where an option of it is at
+    least as explicit: `--scheme` on the command line beats `bits` in the file, and `--bits` beats both.
     """
     chosen = dict(METHOD_DEFAULTS[options["method"]])
     if options["scheme"] is not None:
         preset = PRESETS[options["scheme"]]
-        chosen |= {"bits": preset.bits, "group_size": preset.group_size, "sym": preset.sym}
-    for name in ("bits", "group_size", "sym"):
-        if name in given and given[name] <= given.get("scheme", given[name]):
+        chosen |= {name: getattr(preset, name) for name in SCHEME_OPTIONS}
+    for name in SCHEME_OPTIONS:
+        fixed = options[name] is None and options["method"] not in INTEGER_METHODS  # auto: what the method has
+        if name in given and given[name] <= given.get("scheme", given[name]) and not fixed:
             chosen[name] = options[name]
-    if options["format"] is not None:
-        chosen["format"] = options["format"]
+    for name in ("format", "double_quant", "outlier_threshold"):
+        if name in given:
+            chosen[name] = options[name]
     ignore = tuple(pattern for pattern in options["ignore"] if pattern)
-    method = {name: options[name] for name in ("method", "n_grid", "mse")}
-    return Recipe(**method, **chosen, ignore=ignore, overrides=overrides)
+    method_options = MethodOptions(**{option.name: options[option.name] for option in fields(MethodOptions)})
+    return Recipe(method=options["method"], **chosen, ignore=ignore, overrides=overrides, options=method_options)
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -225,8 +325,11 @@ def _check_word(word: object, known: Collection[str], what: str) -> None:
     raise UsageError(f"{what} {_found(word)}", hint=hint)
 
 
-def _check_ranges(bits: int | None, group_size: int | None) -> None:
-    QuantScheme(bits=4 if bits is None else bits, group_size=128 if group_size is None else group_size)
+def _check_ranges(
+    bits: int | None, group_size: int | None, *, act_bits: int = 16, outlier_threshold: float | None = None
+) -> None:
+    bits, group_size = 4 if bits is None else bits, 128 if group_size is None else group_size
+    QuantScheme(bits, group_size, act_bits=act_bits, outlier_threshold=outlier_threshold)
 
 
 def _found(value: object) -> str:

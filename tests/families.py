@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.core_model_loading import revert_weight_conversion
 
 from quantool.io import TensorInfo
 from quantool.io.safetensors import dtype_name
+from quantool.model.skeleton import tensors_of
 
 VOCABULARY = 96
 SIZES: dict[str, Any] = {
@@ -58,6 +60,25 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "logits_scaling": 2.0,
     },
 }
+# Experts: chosen by softmax or sigmoid, in groups, beside shared ones, after a dense block, behind MLA.
+MLA = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+}
+SHARED = {"n_shared_experts": 2, "moe_intermediate_size": 24, "first_k_dense_replace": 1, "n_group": 2}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 5, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40},
+    "qwen3_moe": {**HEAD_8, "num_experts": 4, "moe_intermediate_size": 24, "norm_topk_prob": True},
+    "olmoe": {"num_experts": 4},
+    "deepseek_v2": {**MLA, **SHARED, "n_routed_experts": 4, "topk_method": "group_limited_greedy", "topk_group": 1},
+    "deepseek_v3": {**MLA, **SHARED, "n_routed_experts": 4, "topk_group": 1},
+}
+FAMILIES.update({family: {"num_experts_per_tok": 2, **sizes} for family, sizes in MIXTURES.items()})
 BLOCKS = {
     "gpt2": "transformer.h",
     "falcon": "transformer.h",
@@ -66,16 +87,47 @@ BLOCKS = {
 }
 
 
+# Sizes at which every row of every linear divides into groups of 32, for tests that quantize.
+WIDE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "n_inner": 96,
+    "ffn_dim": 96,
+    "word_embed_proj_dim": 64,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 64,
+    "q_lora_rank": 32,
+    "kv_lora_rank": 32,
+}
+
+
+def wide(family: str, **changes: Any) -> dict[str, Any]:
+    """The changes to `make_model` that make a family wide enough for groups of 32."""
+    return {key: value for key, value in WIDE.items() if key in {**SIZES, **FAMILIES[family]}} | changes
+
+
 def make_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
-    """A model of the family in which every weight, gain and bias is random."""
+    """A model of the family in which every weight, gain, bias and stored buffer is random."""
     config = transformers.AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family], **changes})
     model = transformers.AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(requires_grad=False)
     random = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=random)
+    for _, tensor in tensors_of(model):
+        noise = torch.randn(tensor.shape, generator=random)
         # A gain or bias moves around what it starts from: one, zero, or zero for norms that multiply by 1 + weight.
-        parameter.copy_(noise * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else parameter + 0.2 * noise)
+        tensor.copy_(noise * tensor.shape[-1] ** -0.5 if tensor.dim() > 1 else tensor + 0.2 * noise)
     return model
+
+
+def multi_modal() -> Any:
+    """Gemma 3 with a vision tower that is larger than its decoder, and as deep."""
+    text = {**SIZES, **FAMILIES["gemma3_text"]}
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14}, mm_tokens_per_image=4
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForImageTextToText.from_config(config).float().eval()
+    return model.requires_grad_(requires_grad=False)
 
 
 def save(model: Any, directory: Path) -> Path:
@@ -117,8 +169,17 @@ class MemoryCheckpoint:
 
 
 def in_memory(model: Any) -> MemoryCheckpoint:
-    """What `save_pretrained` would write: tied matrices once, under the embedding's name."""
+    """What `save_pretrained` would write: tied matrices once, under the embedding's name; experts one by one."""
     head = model.get_output_embeddings().weight
     tied = head is model.get_input_embeddings().weight
     tensors = {n: t for n, t in model.state_dict(keep_vars=True).items() if not (tied and n == "lm_head.weight")}
-    return MemoryCheckpoint({**model.config.to_dict(), "architectures": [type(model).__name__]}, tensors)
+    return MemoryCheckpoint(stored_config(model), revert_weight_conversion(model, tensors))
+
+
+def fused_in_memory(model: Any) -> MemoryCheckpoint:
+    """The tensors that the model itself has: experts fused, as some checkpoints store them."""
+    return MemoryCheckpoint(stored_config(model), dict(model.state_dict(keep_vars=True)))
+
+
+def stored_config(model: Any) -> dict[str, Any]:
+    return {**model.config.to_dict(), "architectures": [type(model).__name__]}

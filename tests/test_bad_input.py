@@ -24,6 +24,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from quantool.options import CALIBRATED
+from quantool.scheme import METHOD_NAMES
+
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 SECONDS = 10
@@ -352,7 +355,7 @@ def test_a_depth_by_any_name(fails: Fails, commands: Commands, model: Path, conf
 # --- weights that are not finite
 
 
-@pytest.mark.parametrize("method", ["rtn", "awq"])
+@pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "smoothquant", "nf4", "llm-int8"])
 @pytest.mark.parametrize(
     ("name", "bad"),
     [
@@ -370,9 +373,158 @@ def test_weights_that_are_not_finite(
     tensors = load_file(model / "model.safetensors")
     tensors[name].view(-1)[77] = bad
     save_file(tensors, model / "model.safetensors")
-    err = fails(*commands[method](model))
+    err = fails(*commands["awq" if method in CALIBRATED else "rtn"](model), "--method", method)
     assert f"'{name}'" in err
     assert "NaN or Inf" in err
+
+
+# --- weights and activations at the edge
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_weights_of_zeros_and_of_one_value(
+    command: Callable[..., Any], commands: Commands, model: Path, text_file: Path, tmp_path: Path, method: str
+) -> None:
+    """Groups without a range: the artifact computes about what the model does."""
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight"].zero_()
+    tensors["model.layers.0.self_attn.v_proj.weight"].zero_()
+    tensors["model.layers.1.mlp.gate_proj.weight"].fill_(0.01)
+    tensors["model.layers.1.self_attn.o_proj.weight"][5] = -0.03
+    save_file(tensors, model / "model.safetensors")
+    args = [*commands["awq" if method in CALIBRATED else "rtn"](model), "--method", method]
+    with guarded():
+        done = command(*args)
+    assert done.code == 0, done.err
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in written.values() if tensor.is_floating_point())
+    text = ["--dataset", text_file, "--num-samples", 2, "--seq-len", 32]
+    lost = command("eval-ppl", tmp_path / "out", *text, "--reference", model, "--max-kld", "0.15")
+    assert lost.code == 0, lost.err
+
+
+@pytest.mark.parametrize("method", CALIBRATED)
+def test_one_window_of_two_tokens(
+    command: Callable[..., Any], tiny_llama: Path, text_file: Path, tmp_path: Path, method: str
+) -> None:
+    """A second moment of rank two: little to calibrate on, and no reason to fail."""
+    text = ["--dataset", text_file, "--num-samples", 1, "--seq-len", 2]
+    with guarded():
+        done = command("quantize", tiny_llama, "-o", tmp_path / "out", "--method", method, *text)
+    assert done.code == 0, done.err
+    text = ["--dataset", text_file, "--num-samples", 2, "--seq-len", 32]
+    lost = command("eval-ppl", tmp_path / "out", *text, "--reference", tiny_llama, "--max-kld", "0.05")
+    assert lost.code == 0, lost.err
+
+
+@pytest.mark.parametrize("method", [*CALIBRATED, "calibrate"])
+def test_activations_that_overflow_float16(fails: Fails, commands: Commands, model: Path, method: str) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.post_attention_layernorm.weight"].fill_(60_000)
+    save_file(tensors, model / "model.safetensors")
+    args = [*commands["awq"](model), "--method", method] if method in CALIBRATED else commands[method](model)
+    err = fails(*args, "--dtype", "float16")
+    assert "model.layers.1.mlp." in err
+    assert "NaN or Inf, expected finite activations" in err
+    assert "use --dtype float32" in err
+
+
+def test_a_weight_that_llm_int8_cannot_hold(fails: Fails, commands: Commands, model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = 70_000
+    save_file(tensors, model / "model.safetensors")
+    err = fails(*commands["rtn"](model), "--method", "llm-int8")
+    assert "'model.layers.1.mlp.up_proj': weight [3, 5] is 70144, expected at most 65504" in err
+    assert "hint: use --method nf4, or leave this linear in float: --ignore NAME" in err
+
+
+# --- options that do not go together
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--method nf4 --bits 8", "method nf4 has no --bits 8"),
+        ("--method nf4 --group-size 48", "has blocks of 32, 64, 128,"),
+        ("--method nf4 --format compressed-tensors", "cannot hold 'model.layers.0.mlp.down_proj'"),
+        ("--method nf4 --outlier-threshold 6", "--outlier-threshold belongs to method 'llm-int8'"),
+        ("--method fp4 --asym", "method fp4 has no --asym"),
+        ("--method llm-int8 --asym", "method llm-int8 has no --asym"),
+        ("--method llm-int8 --group-size 64", "method llm-int8 has no --group-size 64"),
+        ("--method llm-int8 --format gptq", "cannot hold 'model.layers.0.mlp.down_proj'"),
+        ("--method smoothquant --act-bits 16", "smoothquant is for 8-bit activations, found --act-bits 16"),
+        ("--method smoothquant --bits 4", "needs symmetric 8-bit weights per channel or tensor with 8-bit activations"),
+        ("--method smoothquant --group-size 128", "not W8A8 sym g128"),
+        ("--method smoothquant --asym", "not W8A8 asym channel"),
+        ("--method smoothquant --format gptq", "cannot hold 'model.layers.0.mlp.down_proj'"),
+        ("--method smoothquant --act-static --ignore=", "'lm_head' is in no decoder block"),
+        ("--act-bits 8", "needs symmetric 8-bit weights per channel or tensor with 8-bit activations, not W4A8"),
+        (
+            "--bits 8 --act-bits 8 --act-static",
+            "a stored activation scale needs calibration, and method rtn looks at none",
+        ),
+        ("--scheme W8A8_STATIC", "a stored activation scale needs calibration"),
+        ("--method awq --act-static", "--act-static has no effect on float activations"),
+        ("--method gptq --act-asym", "--act-asym has no effect on float activations"),
+        ("--method awq --smoothing-strength 0.5", "--smoothing-strength belongs to method 'smoothquant'"),
+        ("--method gptq --actorder group", "refuses groups in activation order"),
+        ("--method gptq --actorder group --format awq", "no place for groups in activation order"),
+        ("--method awq+gptq --actorder group --bits 5", "refuses groups in activation order"),
+        ("--bits 5 --format gptq", "format gptq holds integer weights of 2, 3, 4, 8 bits only"),
+        ("--bits 8 --format awq", "cannot hold 'model.layers.0.mlp.down_proj'"),
+        ("--format bitsandbytes", "holds weights of the methods nf4, fp4 and llm-int8 only"),
+        ("--damp-percent 0.1", "--damp-percent belongs to method 'gptq', 'awq+gptq' or"),
+        ("--group-size 100", "group size 100 does not divide"),
+    ],
+)
+def test_the_hint_can_be_pasted(
+    fails: Fails,
+    command: Callable[..., Any],
+    tiny_llama: Path,
+    text_file: Path,
+    tmp_path: Path,
+    options: str,
+    words: str,
+) -> None:
+    args: list[object] = ["quantize", tiny_llama, "-o", tmp_path / "out", *options.split()]
+    err = fails(*args, code=2)
+    assert words in err
+    remedy = re.search(r"^hint: use (--.+?)(,| or |$)", err, re.MULTILINE)
+    assert remedy, err
+    args += [*remedy[1].split(), "--dry-run"]
+    method = re.findall(r"--method (\S+)", f"{options} {remedy[1]}")
+    if method and method[-1] in CALIBRATED:
+        args += ["--dataset", text_file, "--num-samples", 2, "--seq-len", 16]
+    done = command(*args)
+    assert done.code == 0, done.err
+
+
+@pytest.mark.parametrize(
+    ("format_", "overrides", "words"),
+    [
+        ("gptq", "{match: o_proj, sym: false}", "symmetric weights as v1 and asymmetric or 3-bit ones as v2, not both"),
+        ("gptq", "{match: o_proj, bits: 5}", "cannot hold 'model.layers.0.self_attn.o_proj'"),
+        ("awq", "{match: o_proj, group_size: 32}", "one group size for all modules"),
+    ],
+)
+def test_a_format_of_one_scheme_refuses_several(
+    fails: Fails,
+    command: Callable[..., Any],
+    tiny_llama: Path,
+    tmp_path: Path,
+    format_: str,
+    overrides: str,
+    words: str,
+) -> None:
+    config = tmp_path / "recipe.yaml"
+    config.write_text(f"quantize: {{group_size: 64, overrides: [{overrides}]}}")
+    args = ["quantize", tiny_llama, "-c", config, "-o", tmp_path / "out"]
+    err = fails(*args, "--format", format_, code=2)
+    assert words in err
+    assert "hint: use --format compressed-tensors" in err
+    done = command(*args, "--format", "compressed-tensors", "--json")
+    assert done.code == 0, done.err
+    assert "," in json.loads(done.out)["scheme"]
 
 
 def test_statistics_and_perplexity_that_are_not_finite(
@@ -528,8 +680,8 @@ def test_wrong_usage(fails: Fails, tiny_llama: Path, tmp_path: Path) -> None:
     for options, words in (
         (["--n-grid", "5"], "--n-grid belongs to method 'awq'"),
         (["--method", "awq", "--mse"], "--mse belongs to method 'rtn'"),
-        (["--calibration", tiny_llama / "model.safetensors"], "--calibration belongs to method 'awq'"),
-        (["--num-samples", "5"], "--num-samples belongs to method 'awq'"),
+        (["--calibration", tiny_llama / "model.safetensors"], "--calibration belongs to method 'gptq', 'awq'"),
+        (["--num-samples", "5"], "--num-samples belongs to method 'gptq', 'awq'"),
         (["--group-size", "100"], "group size 100 does not divide"),
         (["--format", "awq", "--bits", "8"], "cannot hold"),
         (["--ignore", "nothing_proj"], "'nothing_proj' matches no linear"),
@@ -551,27 +703,36 @@ def test_an_artifact_that_is_quantized_again(
 # --- signals
 
 
+LONG = {
+    "awq": ["--n-grid", "100000", "--num-samples", "2", "--seq-len", "32"],
+    "gptq": ["--num-samples", "800", "--seq-len", "256"],
+}
+
+
 @contextlib.contextmanager
-def awq_at_work(model: Path, text: Path, output: Path) -> Iterator[subprocess.Popen[str]]:
-    """An awq run that would take minutes, once its first bytes are on the disk."""
-    options = ["--method", "awq", "--n-grid", "100000", "--dataset", str(text), "--num-samples", "2", "--seq-len", "32"]
-    command = [sys.executable, "-m", "quantool", "quantize", str(model), "-o", str(output), *options]
+def at_work(method: str, model: Path, output: Path) -> Iterator[subprocess.Popen[str]]:
+    """A run that would take long, once its first bytes are on the disk."""
+    args = ["quantize", str(model), "-o", str(output), "--method", method, *LONG[method]]
+    command = [sys.executable, "-m", "quantool", *args]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT) as child:
         deadline = time.monotonic() + 60
         while not list(output.parent.glob(".out.tmp-*/tokenizer.json")):
             assert child.poll() is None, child.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        time.sleep(0.5)  # on to the search itself
+        time.sleep(0.5)  # on to the work itself
         try:
             yield child
         finally:
             child.kill()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_leave_nothing(tiny_llama: Path, text_file: Path, tmp_path: Path, number: int, code: int) -> None:
-    with awq_at_work(tiny_llama, text_file, tmp_path / "new" / "out") as child:
+@pytest.mark.parametrize(
+    ("method", "number", "code"),
+    [("awq", signal.SIGINT, 130), ("awq", signal.SIGTERM, 143), ("gptq", signal.SIGINT, 130)],
+)
+def test_signals_leave_nothing(tiny_llama: Path, tmp_path: Path, method: str, number: int, code: int) -> None:
+    with at_work(method, tiny_llama, tmp_path / "new" / "out") as child:
         child.send_signal(number)
         out, err = child.communicate(timeout=20)
     assert child.returncode == code
@@ -581,9 +742,9 @@ def test_signals_leave_nothing(tiny_llama: Path, text_file: Path, tmp_path: Path
 
 
 def test_a_kill_leaves_nothing_that_looks_finished(
-    tiny_llama: Path, text_file: Path, tmp_path: Path, command: Callable[..., Any], commands: Commands
+    tiny_llama: Path, tmp_path: Path, command: Callable[..., Any], commands: Commands
 ) -> None:
-    with awq_at_work(tiny_llama, text_file, tmp_path / "out") as child:
+    with at_work("awq", tiny_llama, tmp_path / "out") as child:
         child.kill()
         child.communicate(timeout=20)
     assert not (tmp_path / "out").exists()

@@ -25,6 +25,7 @@ from quantool import __version__, cli, console, options
 from quantool.data import TextOptions
 from quantool.errors import CheckFailed, QuantoolError
 from quantool.recipe import Override, Recipe
+from quantool.scheme import METHOD_NAMES, MethodOptions
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = ("calibrate", "quantize", "inspect", "eval-ppl")
@@ -43,6 +44,9 @@ RESULTS: dict[str, dict[str, Any]] = {
         "bytes": 1_234_567,
         "seconds": 12.34,
         "peak_memory_bytes": 2_500_000_000,
+        "starved_experts": 0,
+        "least_expert": None,
+        "least_tokens": None,
     },
     "quantize": {
         "output": "m-rtn-w4-g64",
@@ -72,6 +76,8 @@ RESULTS: dict[str, dict[str, Any]] = {
         "schemes": {"W4A16 sym g64": 210},
         "metadata": {"format": "pt"},
         "tensors": [],
+        "linears": None,
+        "activations": [],
     },
     "eval_ppl": {
         "model": "m",
@@ -188,8 +194,8 @@ def test_every_command_has_help(run: Callable[..., Outcome], command: str) -> No
 def test_only_what_works_is_offered(run: Callable[..., Outcome]) -> None:
     assert set(cli.cli.commands) == set(COMMANDS)
     text = run("quantize", "--help").out
-    assert "--method [rtn|awq]" in text
-    assert "--format [compressed-tensors|awq]" in text
+    assert "--method [rtn|gptq|awq|awq+gptq|smoothquant|nf4|fp4|llm-int8]" in text
+    assert "--format [compressed-tensors|gptq|awq|bitsandbytes]" in text
 
 
 def test_the_examples_in_the_help_are_accepted(
@@ -243,6 +249,7 @@ def test_defaults(run: Callable[..., Outcome], stages: Stages) -> None:
         "device": "auto",
         "dry_run": False,
         "overwrite": False,
+        "repack_to": None,
     }
     assert run("quantize", "m", "--method", "awq").code == 0
     assert stages.recipe == Recipe(method="awq", sym=False)
@@ -263,11 +270,13 @@ def test_every_option_of_quantize(run: Callable[..., Outcome], stages: Stages) -
     words = (
         "quantize m.gguf -o out --method awq --bits 3 --group-size -1 --sym --format compressed-tensors "
         "--dataset t.txt --split s --text-column c --num-samples 5 --seq-len 64 --seed 7 --ignore a --ignore re:.*b "
-        "--n-grid 9 --max-shard-size 2GiB --batch-size 4 --dtype bfloat16 --device cuda:1 --dry-run --overwrite -q"
+        "--n-grid 9 --min-expert-tokens 1 --starved-experts rtn "
+        "--max-shard-size 2GiB --batch-size 4 --dtype bfloat16 --device cuda:1 --dry-run --overwrite -q"
     )
     assert run(*words.split()).code == 0
     _, args, kwargs = stages.calls[-1]
-    recipe = Recipe("awq", "compressed-tensors", 3, -1, sym=True, ignore=("a", "re:.*b"), n_grid=9)
+    own = MethodOptions(n_grid=9, min_expert_tokens=1, starved_experts="rtn")
+    recipe = Recipe("awq", "compressed-tensors", 3, -1, sym=True, ignore=("a", "re:.*b"), options=own)
     assert args == ("m.gguf", Path("out"), recipe)
     assert stages.text == TextOptions("t.txt", "s", "c", 5, 64, 7)
     del kwargs["progress"], kwargs["text"]
@@ -279,6 +288,7 @@ def test_every_option_of_quantize(run: Callable[..., Outcome], stages: Stages) -
         "device": "cuda:1",
         "dry_run": True,
         "overwrite": True,
+        "repack_to": None,
     }
 
 
@@ -320,7 +330,9 @@ def test_flag_beats_environment_beats_recipe_beats_default(
     args = ("quantize", "m", "-c", config)
     assert run(*args).code == 0
     overrides = (Override("down_proj", bits=8),)
-    assert stages.recipe == Recipe(bits=3, group_size=32, mse=True, ignore=(), overrides=overrides)
+    assert stages.recipe == Recipe(
+        bits=3, group_size=32, ignore=(), overrides=overrides, options=MethodOptions(mse=True)
+    )
     assert stages.calls[-1][2]["max_shard_size"] == 1000
     assert stages.calls[-1][2]["device"] == "cpu"
 
@@ -330,7 +342,7 @@ def test_flag_beats_environment_beats_recipe_beats_default(
     monkeypatch.setenv("QUANTOOL_QUANTIZE_IGNORE", "a b")
     monkeypatch.setenv("QUANTOOL_DEVICE", "cuda")
     assert run(*args).code == 0
-    assert stages.recipe == Recipe(bits=5, group_size=None, mse=False, ignore=("a", "b"), overrides=overrides)
+    assert stages.recipe == Recipe(bits=5, group_size=None, ignore=("a", "b"), overrides=overrides)
     assert stages.calls[-1][2]["device"] == "cuda"
 
     monkeypatch.setenv("QUANTOOL_QUANTIZE_DEVICE", "cuda:2")
@@ -405,7 +417,52 @@ def test_what_is_not_a_size(run: Callable[..., Outcome], text: str) -> None:
         (["quantize", "m", "n"], "got unexpected extra argument (n)", "see quantool quantize --help"),
         (["quantize", "m", "--bits"], "option '--bits' requires an argument", "see quantool --help"),
         (["quantize", "m", "--bits", "9"], "--bits: 9 is not in the range 2<=x<=8", "see quantool quantize --help"),
-        (["quantize", "m", "--method", "gptq"], "--method: 'gptq' is not one of 'rtn', 'awq'", "see "),
+        (["quantize", "m", "--method", "gtpq"], "--method: 'gtpq' is not one of 'rtn', 'gptq', 'awq'", "see "),
+        (["quantize", "m", "--format", "gguf"], "--format: 'gguf' is not one of 'compressed-tensors', 'gptq'", "see "),
+        (["quantize", "m", "--act-bits", "4"], "act_bits is 4, expected 8 or 16", "use --act-bits 8"),
+        (["quantize", "m", "--act-bits", "12"], "act_bits is 12, expected 8 or 16", "use --act-bits 8"),
+        (["quantize", "m", "--act-dyn"], "no such option '--act-dyn'", "did you mean '--act-dynamic'?"),
+        (
+            ["quantize", "m", "--method", "gptq", "--damp-percent", "0"],
+            "--damp-percent: 0.0 is not in the range",
+            "see ",
+        ),
+        (
+            ["quantize", "m", "--method", "gptq", "--damp-percent", "nan"],
+            "damp_percent is nan, expected more than 0 and at most 1",
+            "use --damp-percent 0.01",
+        ),
+        (["quantize", "m", "--method", "gptq", "--actorder", "weight"], "--actorder: 'weight' is not one of", "see "),
+        (
+            ["quantize", "m", "--method", "smoothquant", "--smoothing-strength", "1.5"],
+            "--smoothing-strength: 1.5 is not in the range 0<=x<=1",
+            "see ",
+        ),
+        (
+            ["quantize", "m", "--method", "smoothquant", "--smoothing-strength", "nan"],
+            "smoothing_strength is nan, expected 0 to 1",
+            "use --smoothing-strength 0.5",
+        ),
+        (
+            ["quantize", "m", "--method", "llm-int8", "--outlier-threshold", "-1"],
+            "--outlier-threshold: -1.0 is not in the range x>=0",
+            "see ",
+        ),
+        (
+            ["quantize", "m", "--method", "llm-int8", "--outlier-threshold", "nan"],
+            "outlier_threshold is nan, expected a number of at least 0",
+            "use --outlier-threshold 6",
+        ),
+        (
+            ["quantize", "m", "--method", "gptq", "--min-expert-tokens", "0"],
+            "--min-expert-tokens: 0 is not in the range x>=1",
+            "see ",
+        ),
+        (
+            ["quantize", "m", "--method", "gptq", "--starved-experts", "no"],
+            "--starved-experts: 'no' is not one of",
+            "see ",
+        ),
         (["quantize", "m", "--group-size", "-2"], "--group-size: '-2' is not a group size, expected auto", "see "),
         (["quantize", "m", "--device", "gpu"], "--device: 'gpu' is not a device, expected auto, cpu", "see "),
         (["quantize", "m", "--ignore", "re:("], "module pattern 're:(': missing )", "regular expression"),
@@ -447,33 +504,70 @@ def test_a_wrong_value_is_named_by_where_it_came_from(
 # Options that belong to another method
 
 
+CALIBRATED = "'gptq', 'awq', 'awq+gptq' or 'smoothquant'"
+INTEGER = "'rtn', 'gptq', 'awq', 'awq+gptq' or 'smoothquant'"
+
+
 @pytest.mark.parametrize(
-    ("args", "option", "owner"),
+    ("method", "args", "owners"),
     [
-        (["--n-grid", "20"], "--n-grid", "awq"),
-        (["--method", "awq", "--mse"], "--mse", "rtn"),
-        (["--dataset", "builtin"], "--dataset", "awq"),
-        (["--split", "train"], "--split", "awq"),
-        (["--text-column", "t"], "--text-column", "awq"),
-        (["--num-samples", "8"], "--num-samples", "awq"),
-        (["--seq-len", "8"], "--seq-len", "awq"),
-        (["--seed", "0"], "--seed", "awq"),
-        (["--batch-size", "1"], "--batch-size", "awq"),
-        (["--dtype", "auto"], "--dtype", "awq"),
-        (["--calibration", __file__], "--calibration", "awq"),
+        ("rtn", ["--n-grid", "20"], "'awq' or 'awq+gptq'"),
+        ("gptq", ["--n-grid", "20"], "'awq' or 'awq+gptq'"),
+        ("awq", ["--mse"], "'rtn'"),
+        ("rtn", ["--damp-percent", "0.01"], "'gptq', 'awq+gptq' or 'smoothquant'"),
+        ("awq", ["--actorder", "static"], "'gptq', 'awq+gptq' or 'smoothquant'"),
+        ("gptq", ["--smoothing-strength", "0.5"], "'smoothquant'"),
+        ("llm-int8", ["--double-quant"], "'nf4' or 'fp4'"),
+        ("rtn", ["--no-double-quant"], "'nf4' or 'fp4'"),
+        ("nf4", ["--outlier-threshold", "6"], "'llm-int8'"),
+        ("nf4", ["--scheme", "W4A16"], INTEGER),
+        ("fp4", ["--act-bits", "8"], INTEGER),
+        ("llm-int8", ["--act-static"], INTEGER),
+        ("nf4", ["--act-asym"], INTEGER),
+        ("rtn", ["--min-expert-tokens", "1"], CALIBRATED),
+        ("nf4", ["--starved-experts", "rtn"], CALIBRATED),
+        ("rtn", ["--dataset", "builtin"], CALIBRATED),
+        ("rtn", ["--split", "train"], CALIBRATED),
+        ("rtn", ["--text-column", "t"], CALIBRATED),
+        ("rtn", ["--num-samples", "8"], CALIBRATED),
+        ("rtn", ["--seq-len", "8"], CALIBRATED),
+        ("llm-int8", ["--seed", "0"], CALIBRATED),
+        ("rtn", ["--batch-size", "1"], CALIBRATED),
+        ("nf4", ["--dtype", "auto"], CALIBRATED),
+        ("rtn", ["--calibration", __file__], CALIBRATED),
     ],
 )
 def test_an_option_of_another_method_is_an_error(
-    run: Callable[..., Outcome], stages: Stages, args: list[str], option: str, owner: str
+    run: Callable[..., Outcome], stages: Stages, method: str, args: list[str], owners: str
 ) -> None:
-    other = "rtn" if owner == "awq" else "awq"
-    assert run("quantize", "m", *args) == Outcome(
+    first = owners.split("'")[1]
+    assert run("quantize", "m", "--method", method, *args) == Outcome(
         2,
         "",
-        f"error: {option} belongs to method '{owner}', the method is '{other}'\n"
-        f"hint: use --method {owner}, or leave it out\n",
+        f"error: {args[0]} belongs to method {owners}, the method is '{method}'\n"
+        f"hint: use --method {first}, or leave it out\n",
     )
     assert not stages.calls
+
+
+def test_an_option_of_an_overrides_method_is_welcome(
+    run: Callable[..., Outcome], stages: Stages, tmp_path: Path
+) -> None:
+    config = tmp_path / "r.yaml"
+    config.write_text("quantize: {overrides: [{match: down_proj, method: gptq}]}")
+    assert run("quantize", "m", "-c", config, "--damp-percent", "0.1", "--num-samples", 4).code == 0
+    assert stages.recipe == Recipe(
+        overrides=(Override("down_proj", method="gptq"),), options=MethodOptions(damp_percent=0.1)
+    )
+    assert stages.text.num_samples == 4
+    assert run("quantize", "m", "-c", config, "--n-grid", "4").code == 2
+
+
+def test_every_option_belongs_to_a_method() -> None:
+    known = {option.name for option in cli.cli.commands["quantize"].params}
+    assert set(options.METHOD_OPTIONS) <= known
+    assert {field.name for field in fields(MethodOptions)} <= set(options.METHOD_OPTIONS)
+    assert {method for owners in options.METHOD_OPTIONS.values() for method in owners} == set(METHOD_NAMES)
 
 
 def test_also_from_the_environment_and_the_recipe(
@@ -484,12 +578,36 @@ def test_also_from_the_environment_and_the_recipe(
     assert run("quantize", "m", "-c", config).code == 0
     outcome = run("quantize", "m", "-c", config, "--method", "rtn")
     assert outcome.code == 2
-    assert outcome.err.startswith(f"error: {config}: quantize: n_grid belongs to method 'awq', the method is 'rtn'\n")
+    words = "n_grid belongs to method 'awq' or 'awq+gptq', the method is 'rtn'\n"
+    assert outcome.err.startswith(f"error: {config}: quantize: {words}")
     monkeypatch.setenv("QUANTOOL_QUANTIZE_MSE", "1")
     outcome = run("quantize", "m", "--method", "awq")
     assert outcome.code == 2
     assert outcome.err.startswith("error: QUANTOOL_QUANTIZE_MSE belongs to method 'rtn', the method is 'awq'\n")
     assert len(stages.calls) == 1
+
+
+# A quantized MODEL
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        ([], None),
+        (["--format", "awq"], "awq"),
+        (["--format", "awq", "-o", "out", "--overwrite", "--max-shard-size", "1GB", "--json"], "awq"),
+        (["--format", "gptq", "--dry-run", "--device", "cpu"], "gptq"),
+        (["--format", "awq", "--bits", "4"], None),
+        (["--format", "awq", "--method", "rtn"], None),
+        (["--format", "awq", "--sym"], None),
+        (["--format", "awq", "--ignore", "lm_head"], None),
+    ],
+)
+def test_format_alone_allows_a_repack(
+    run: Callable[..., Outcome], stages: Stages, args: list[str], expected: str | None
+) -> None:
+    assert run("quantize", "m", *args).code == 0
+    assert stages.calls[-1][2]["repack_to"] == expected
 
 
 @pytest.mark.parametrize("option", options.INLINE_TEXT)

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "recipe": {"errors", "scheme"},
     "quant": {"errors", "scheme", "kernels"},
     "model": {"errors", "io"},
-    "methods": {"errors", "scheme", "quant", "model"},
+    "methods": {"errors", "scheme", "quant", "model", "kernels"},
     "formats": {"errors", "scheme", "quant", "kernels", "io"},
     "runtime": {"errors", "scheme", "quant", "io", "model", "formats", "kernels"},
     "stages": BASE - {"console"},

@@ -34,6 +34,8 @@ INSPECT = {
     "by_kind": {},
     "schemes": {},
     "metadata": {"format": "pt"},
+    "linears": None,
+    "activations": [],
 }
 
 

@@ -1,5 +1,6 @@
 """Recipes: what matches, what wins, what a preset decides, and one line for each thing that can be wrong in a file."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from hypothesis import strategies as st
 from quantool.cli import cli
 from quantool.errors import UsageError
 from quantool.options import recipe_keys
-from quantool.recipe import Override, Recipe, build_recipe, load_section, matches
-from quantool.scheme import QuantScheme
+from quantool.recipe import INTEGER_METHODS, METHOD_DEFAULTS, Override, Recipe, build_recipe, load_section, matches
+from quantool.scheme import METHOD_NAMES, PRESETS, MethodOptions, QuantScheme
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
 KNOWN = dict(recipe_keys(cli.commands["quantize"]))
@@ -24,9 +25,13 @@ OPTIONS = {
     "group_size": None,
     "sym": None,
     "scheme": None,
+    "act_bits": None,
+    "act_dynamic": None,
+    "act_sym": None,
+    "double_quant": None,
+    "outlier_threshold": None,
     "ignore": ("lm_head",),
-    "n_grid": 20,
-    "mse": False,
+    **asdict(MethodOptions()),
 }
 
 
@@ -110,7 +115,23 @@ def test_ignore_outranks_an_override() -> None:
         ({"format": "gguf"}, "unknown format 'gguf'"),
         ({"bits": 9}, "bits is 9, expected 2 to 8"),
         ({"group_size": -2}, "group_size is -2, expected"),
-        ({"n_grid": 0}, "n_grid is 0, expected at least 1"),
+        ({"act_bits": 4}, "act_bits is 4, expected 8 or 16"),
+        ({"method": "nf4"}, "dtype is int, method nf4 has nf4"),
+        ({"dtype": "fp4"}, "dtype is fp4, method rtn has int"),
+        ({"method": "smoothquant", "bits": 8}, "method smoothquant is for 8-bit activations, found --act-bits 16"),
+        ({"overrides": (Override("a", method="smoothquant"),)}, "method smoothquant is for 8-bit activations"),
+        ({"overrides": (Override("a", method="nf4"),)}, "an override asks for method nf4, whose weights cannot stand"),
+        ({"act_bits": 8, "act_dynamic": False}, "a stored activation scale needs calibration, and method rtn looks"),
+        ({"method": "gptq", "act_dynamic": False}, "--act-static has no effect on float activations"),
+        ({"method": "awq", "act_sym": False}, "--act-asym has no effect on float activations"),
+        ({"method": "llm-int8", "bits": 4}, "method llm-int8 has no --bits 4"),
+        ({"method": "llm-int8", "bits": 8, "group_size": 64}, "method llm-int8 has no --group-size 64"),
+        ({"method": "nf4", "dtype": "nf4", "bits": 8}, "method nf4 has no --bits 8"),
+        ({"method": "fp4", "dtype": "fp4", "sym": False}, "method fp4 has no --asym"),
+        (
+            {"method": "nf4", "dtype": "nf4", "overrides": (Override("a", bits=8),)},
+            "method nf4 has one scheme for all modules, the override of 'a' asks for another",
+        ),
         ({"ignore": ("re:(",)}, "module pattern 're:(': "),
         ({"ignore": ("",)}, "module pattern '' is empty"),
     ],
@@ -125,9 +146,31 @@ def test_a_recipe_that_cannot_be_is_refused(wrong: dict[str, Any], message: str)
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
+        ({"n_grid": 0}, "n_grid is 0, expected at least 1"),
+        ({"damp_percent": 0.0}, "damp_percent is 0, expected more than 0 and at most 1"),
+        ({"damp_percent": 1.5}, "damp_percent is 1.5, expected more than 0 and at most 1"),
+        ({"damp_percent": float("nan")}, "damp_percent is nan, expected more than 0 and at most 1"),
+        ({"smoothing_strength": -0.1}, "smoothing_strength is -0.1, expected 0 to 1"),
+        ({"smoothing_strength": float("nan")}, "smoothing_strength is nan, expected 0 to 1"),
+        ({"actorder": "weight"}, "actorder is 'weight', expected static, group, none"),
+        ({"starved_experts": "ignore"}, "starved_experts is 'ignore', expected error, all-tokens, rtn"),
+        ({"min_expert_tokens": 0}, "min_expert_tokens is 0, expected at least 1"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        MethodOptions(**wrong)
+    assert caught.value.message == message
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
         ({}, "override of 'x' has nothing to change"),
         ({"bits": 4, "ignore": True}, "override of 'x' has both 'ignore' and other settings"),
         ({"bits": 1}, "bits is 1, expected 2 to 8"),
+        ({"method": "gtpq"}, "override of 'x': unknown method 'gtpq'"),
         ({"match": "re:*", "bits": 4}, "module pattern 're:*': nothing to repeat"),
     ],
 )
@@ -161,9 +204,72 @@ def test_presets_and_method_defaults(
 
 
 def test_build_recipe_passes_the_rest() -> None:
-    options = {**OPTIONS, "format": "awq", "ignore": ("a", ""), "n_grid": 7, "mse": True}
-    recipe = build_recipe(options, {}, (Override("b", bits=8),))
-    assert recipe == Recipe(format="awq", ignore=("a",), n_grid=7, mse=True, overrides=(Override("b", bits=8),))
+    own = {"mse": True, "n_grid": 7, "damp_percent": 0.1, "actorder": "group", "smoothing_strength": 0.5}
+    own |= {"min_expert_tokens": 9, "starved_experts": "rtn"}
+    options = {**OPTIONS, "format": "awq", "ignore": ("a", ""), **own}
+    recipe = build_recipe(options, {"format": FLAG}, (Override("b", bits=8),))
+    overrides = (Override("b", bits=8),)
+    assert recipe == Recipe(format="awq", ignore=("a",), overrides=overrides, options=MethodOptions(**own))
+    assert set(own) == set(asdict(MethodOptions())), "every option is in this test"
+
+
+@pytest.mark.parametrize(
+    ("method", "scheme", "format_"),
+    [
+        ("rtn", QuantScheme(4, 128), "compressed-tensors"),
+        ("gptq", QuantScheme(4, 128), "compressed-tensors"),
+        ("awq", QuantScheme(4, 128, sym=False), "compressed-tensors"),
+        ("awq+gptq", QuantScheme(4, 128, sym=False), "compressed-tensors"),
+        ("smoothquant", QuantScheme(8, -1, act_bits=8), "compressed-tensors"),
+        ("nf4", QuantScheme(4, 64, dtype="nf4", double_quant=True), "bitsandbytes"),
+        ("fp4", QuantScheme(4, 64, dtype="fp4", double_quant=True), "bitsandbytes"),
+        ("llm-int8", QuantScheme(8, -1, act_bits=8, outlier_threshold=6.0), "bitsandbytes"),
+    ],
+)
+def test_what_a_method_does_by_default(method: str, scheme: QuantScheme, format_: str) -> None:
+    recipe = build_recipe({**OPTIONS, "method": method}, {"method": FLAG})
+    assert recipe.scheme_for(DOWN, 128) == scheme
+    assert recipe.format == format_
+    assert (recipe.method_for(DOWN), recipe.methods) == (method, (method,))
+
+
+def test_every_method_has_defaults() -> None:
+    assert set(METHOD_DEFAULTS) == set(METHOD_NAMES)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_the_scheme(preset: str) -> None:
+    method = "smoothquant" if PRESETS[preset].act_bits == 8 else "gptq"
+    recipe = build_recipe({**OPTIONS, "method": method, "scheme": preset}, {"scheme": FLAG})
+    assert recipe.scheme_for(DOWN, 32) == PRESETS[preset]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "expected"),
+    [
+        ("nf4", {"double_quant": False}, QuantScheme(4, 64, dtype="nf4")),
+        ("fp4", {"group_size": 256}, QuantScheme(4, 256, dtype="fp4", double_quant=True)),
+        ("nf4", {"group_size": None}, QuantScheme(4, 64, dtype="nf4", double_quant=True)),  # auto
+        ("llm-int8", {"outlier_threshold": 0.0}, QuantScheme(8, -1, act_bits=8, outlier_threshold=0.0)),
+        ("llm-int8", {"group_size": None}, QuantScheme(8, -1, act_bits=8, outlier_threshold=6.0)),
+        ("smoothquant", {"act_dynamic": False, "act_sym": False}, QuantScheme(8, -1, True, 8, False, False)),
+        ("gptq", {"bits": 8, "act_bits": 8, "group_size": 0}, QuantScheme(8, 0, act_bits=8)),
+    ],
+)
+def test_the_options_of_a_scheme(method: str, options: dict[str, Any], expected: QuantScheme) -> None:
+    recipe = build_recipe({**OPTIONS, "method": method, **options}, dict.fromkeys(options, FLAG))
+    assert recipe.scheme_for(DOWN, 128) == expected
+
+
+def test_an_override_chooses_the_method_too() -> None:
+    overrides = (Override("down_proj", method="gptq"), Override("k_proj", bits=8, method="rtn"), Override("o_proj", 3))
+    recipe = Recipe(method="awq", sym=False, overrides=overrides)
+    assert recipe.methods == ("awq", "gptq", "rtn")
+    found = {
+        name: recipe.method_for(f"model.layers.0.x.{name}") for name in ("down_proj", "k_proj", "o_proj", "q_proj")
+    }
+    assert found == {"down_proj": "gptq", "k_proj": "rtn", "o_proj": "awq", "q_proj": "awq"}
+    assert recipe.scheme_for(DOWN, 64) == QuantScheme(4, 64, sym=False)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
@@ -172,13 +278,18 @@ def test_every_published_recipe_loads(path: Path) -> None:
     assert [line.startswith("#") for line in path.read_text(encoding="utf-8").splitlines()[:3]] == [True, True, False]
     recipe = build_recipe({**OPTIONS, **section}, dict.fromkeys(section, FILE), section.get("overrides", ()))
     words = path.stem.split("-")
-    assert recipe.method in words or recipe.overrides
-    assert f"w{recipe.bits}" in path.stem
-    assert f"g{recipe.group_size}" in words or recipe.group_size == -1 or recipe.overrides
+    assert recipe.method.replace("+", "-") in path.stem or recipe.overrides
+    if recipe.method in INTEGER_METHODS:
+        assert f"w{recipe.bits}" in path.stem
+        assert f"w{recipe.bits}a{recipe.act_bits}" in words or recipe.overrides
+        assert f"g{recipe.group_size}" in words or recipe.group_size == -1 or recipe.overrides
+    assert ("static" in words) == (not recipe.act_dynamic)
+    assert ("double" in words) == recipe.double_quant
 
 
-def test_there_are_published_recipes() -> None:
-    assert len(CONFIGS) >= 5
+def test_every_method_has_a_published_recipe() -> None:
+    loaded = [load_section(path, "quantize", KNOWN)["method"] for path in CONFIGS]
+    assert {*loaded, "fp4"} == set(METHOD_NAMES), "fp4 is nf4 with worse levels"
 
 
 def test_a_section_is_read_with_its_types(tmp_path: Path) -> None:

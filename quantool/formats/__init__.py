@@ -4,18 +4,21 @@ To add a format, write a module with the names of `Format` and add its word to F
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 
 from quantool.errors import QuantoolError
-from quantool.formats import awq, compressed_tensors
+from quantool.formats import awq, bitsandbytes, compressed_tensors, gptq, gptq_v1
+from quantool.formats.config_keys import AUTO_ROUND
+from quantool.formats.gptq_config import AUTO_ROUND_PACKING
 from quantool.formats.shared import FLOAT_CHECKPOINT
 from quantool.io import TensorInfo
 from quantool.quant import QuantizedTensor
 from quantool.scheme import QuantScheme
 
-__all__ = ["FORMATS", "Format", "detect"]
+__all__ = ["FORMATS", "Format", "detect", "exact_scales"]
 
 
 class Format(Protocol):
@@ -28,8 +31,11 @@ class Format(Protocol):
     SUFFIXES: tuple[str, ...]
     """Every suffix that may belong to a quantized module; a bias is not part of the packed weight."""
 
-    def rejects(self, scheme: QuantScheme, shape: tuple[int, int]) -> str | None:
-        """Why W [N, K] cannot be written with `scheme`, in one line; None when it can."""
+    def rejects(self, scheme: QuantScheme, shape: tuple[int, int], *, act_order: bool = False) -> str | None:
+        """Why W [N, K] cannot be written with `scheme`, in one line; None when it can.
+
+        `act_order`: groups are in the order of activations, `g_idx` says which column is in which.
+        """
         ...
 
     def round_scales(self, scales: torch.Tensor, model_dtype: torch.dtype) -> torch.Tensor:
@@ -43,7 +49,7 @@ class Format(Protocol):
         ...
 
     def pack(self, q: QuantizedTensor) -> dict[str, torch.Tensor]:
-        """Suffix -> tensor."""
+        """Suffix -> tensor of a weight that `rejects` accepts; raises QuantoolError for a g_idx it has no place for."""
         ...
 
     def unpack(self, tensors: Mapping[str, torch.Tensor], scheme: QuantScheme) -> QuantizedTensor:
@@ -54,7 +60,9 @@ class Format(Protocol):
         """[N, K] of a packed module, from its mapped tensors without unpacking them."""
         ...
 
-    def quantization_config(self, schemes: Mapping[str, QuantScheme], kept: Sequence[str]) -> dict[str, Any]:
+    def quantization_config(
+        self, schemes: Mapping[str, QuantScheme], kept: Sequence[str], *, act_order: bool = False
+    ) -> dict[str, Any]:
         """config.json's "quantization_config": modules quantized by name, and the linears left in float.
 
         Raises QuantoolError when the config cannot say it; needs no tensor, so call it before any work.
@@ -70,21 +78,55 @@ class Format(Protocol):
         ...
 
 
-FORMATS: dict[str, Format] = {"compressed-tensors": compressed_tensors, "awq": awq}
+FORMATS: dict[str, Format] = {
+    "compressed-tensors": compressed_tensors,
+    "gptq": gptq,
+    "awq": awq,
+    "bitsandbytes": bitsandbytes,
+}
+# auto-round's `packing_format` -> whose layout it is
+PACKING_FORMATS = {
+    "auto_round:auto_awq": awq.NAME,
+    "auto_round:awq": awq.NAME,
+    **dict.fromkeys(AUTO_ROUND_PACKING, gptq.NAME),
+}
 
 
 def detect(config: Mapping[str, Any]) -> Format | None:
     """The format that config.json (all of it) names; None for a float checkpoint.
 
-    Raises QuantoolError naming a `quant_method` that is not read.
+    One that is read only is not in FORMATS and has the NAME of one that is. Raises QuantoolError naming a
+    `quant_method` that is not read.
     """
     section = config.get("quantization_config")
     if section is None:
         return None
     method = section.get("quant_method") if isinstance(section, Mapping) else None
-    if isinstance(method, str) and method in FORMATS:
-        return FORMATS[method]
-    raise QuantoolError(
-        f"config.json: quant_method {method!r} cannot be read, expected {' or '.join(map(repr, FORMATS))}",
-        hint=FLOAT_CHECKPOINT,
-    )
+    key, names = "quant_method", {name: name for name in FORMATS}
+    if method == AUTO_ROUND:
+        key, method, names = "packing_format", section.get("packing_format"), PACKING_FORMATS
+    if not isinstance(method, str) or method not in names:
+        expected = " or ".join(map(repr, [*names, *([AUTO_ROUND] if key == "quant_method" else [])]))
+        raise QuantoolError(
+            f"config.json: {key} {method!r:.80} cannot be read, expected {expected}", hint=FLOAT_CHECKPOINT
+        )
+    name = names[method]
+    return gptq_v1 if name == gptq.NAME and gptq_v1.reads(section) else FORMATS[name]
+
+
+def exact_scales(q: QuantizedTensor, format_: Format, model_dtype: torch.dtype) -> QuantizedTensor:
+    """`q` with its scales in the dtype that `format_` stores for a model of `model_dtype`, each one the same number.
+
+    Raises QuantoolError when one would have to be rounded: the weights would no longer be those of `q`.
+    """
+    stored = format_.round_scales(torch.ones(1), model_dtype).dtype
+    scales = q.scales.to(stored)
+    changed = int((scales.to(torch.float64) != q.scales.to(torch.float64)).sum())
+    if changed:
+        names = [str(dtype).removeprefix("torch.") for dtype in (q.scales.dtype, stored)]
+        raise QuantoolError(
+            f"{changed} of {scales.numel()} scales in {names[0]} have no equal in {names[1]}, which format "
+            f"{format_.NAME} stores for this model",
+            hint="quantize the float checkpoint that it was made from",
+        )
+    return replace(q, scales=scales)

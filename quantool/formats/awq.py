@@ -17,39 +17,60 @@ from typing import Any
 import torch
 
 from quantool.errors import QuantoolError
-from quantool.formats.shared import EXPORT_AGAIN, FLOAT_CHECKPOINT, FLOATS, expect, expect_matrix, transposed
+from quantool.formats.config_keys import (
+    HOW_QUANTIZED,
+    PER_MODULE,
+    WHOLE,
+    module_configs,
+    own_config,
+    read_group_size,
+    refuse_unknown,
+    require_int_weights,
+)
+from quantool.formats.shared import (
+    EXPORT_AGAIN,
+    FLOAT_CHECKPOINT,
+    FLOATS,
+    expect,
+    expect_matrix,
+    require_contiguous_groups,
+    round_scales,
+    transposed,
+)
 from quantool.io import TensorInfo
 from quantool.quant import QuantizedTensor
 from quantool.scheme import PER_CHANNEL, QuantScheme
+
+__all__ = [
+    "NAME",
+    "SUFFIXES",
+    "layout",
+    "module_schemes",
+    "pack",
+    "quantization_config",
+    "rejects",
+    "round_scales",
+    "unpack",
+    "weight_shape",
+]
 
 NAME = "awq"
 SUFFIXES: tuple[str, ...] = ("qweight", "qzeros", "scales")
 BITS = 4
 PER_WORD = 8
 NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds output channel NIBBLES[i] of its eight
-# The least float16 above 0 and the largest one that bfloat16 holds too.
-MIN_SCALE, MAX_SCALE = 2.0**-24, 65280.0
+KEYS = HOW_QUANTIZED | PER_MODULE | WHOLE | {"zero_point", "version"}
 
 
-def rejects(scheme: QuantScheme, shape: tuple[int, int]) -> str | None:
+def rejects(scheme: QuantScheme, shape: tuple[int, int], *, act_order: bool = False) -> str | None:
     """Why this format cannot hold W [N, K] with `scheme`, in one line; None when it can."""
-    if scheme.bits != BITS or scheme.act_bits != 16:
-        return f"format awq holds W4A16 weights only, not W{scheme.bits}A{scheme.act_bits}"
+    if scheme.flat or scheme.bits != BITS or scheme.act_bits != 16:
+        return f"format awq holds W4A16 integer weights only, not {scheme}"
+    if act_order:
+        return "format awq has no place for groups in activation order"
     if shape[0] % PER_WORD:
         return f"format awq packs {PER_WORD} output channels to a word, and {shape[0]} is not a multiple of {PER_WORD}"
     return None
-
-
-def round_scales(scales: torch.Tensor, model_dtype: torch.dtype) -> torch.Tensor:
-    """float32 scales -> float16, positive and finite; of a bfloat16 model, values that bfloat16 holds too.
-
-    vLLM loads AWQ scales into the dtype it runs in, transformers keeps float16. A value rounded to bfloat16 first
-    is exact in both (float16 has more mantissa bits, and no finer steps below its normal range), so that both
-    runtimes see the scale that the codes were computed with.
-    """
-    if model_dtype == torch.bfloat16:
-        scales = scales.to(torch.bfloat16).to(torch.float32)
-    return scales.clamp(MIN_SCALE, MAX_SCALE).to(torch.float16)
 
 
 def layout(
@@ -66,7 +87,8 @@ def layout(
 
 
 def pack(q: QuantizedTensor) -> dict[str, torch.Tensor]:
-    """Suffix -> tensor of a weight that `rejects` accepts."""
+    """Suffix -> tensor of a weight that `rejects` accepts; raises QuantoolError when it has a g_idx."""
+    require_contiguous_groups(q, NAME)
     zeros = torch.full(q.scales.shape, q.scheme.zero, dtype=torch.uint8) if q.zeros is None else q.zeros
     return {
         "qweight": _pack_columns(q.codes),
@@ -112,7 +134,9 @@ def _unpack_columns(words: torch.Tensor) -> torch.Tensor:
     return codes.flatten(0, 1)
 
 
-def quantization_config(schemes: Mapping[str, QuantScheme], kept: Sequence[str]) -> dict[str, Any]:
+def quantization_config(
+    schemes: Mapping[str, QuantScheme], kept: Sequence[str], *, act_order: bool = False
+) -> dict[str, Any]:
     """The config's keys are AutoAWQ's. One group size for all, and float modules found by substring.
 
     Raises QuantoolError when group sizes differ, or the name of a kept linear is part of a quantized one's:
@@ -144,37 +168,40 @@ def quantization_config(schemes: Mapping[str, QuantScheme], kept: Sequence[str])
 def module_schemes(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -> dict[str, QuantScheme]:
     """Module -> scheme for exactly the modules with a qweight; reads AutoAWQ's and auto-round's checkpoints.
 
-    Raises QuantoolError on another layout or width, and when config and tensor shapes disagree.
+    Raises QuantoolError on another layout or width, on keys that may change the meaning, and when config and tensor
+    shapes disagree.
     """
-    scheme = _read_scheme(config)
-    modules = [name.removesuffix(".qweight") for name in infos if name.endswith(".qweight")]
-    for module in modules:
-        _check_tensors(module, scheme, infos)
-    return dict.fromkeys(modules, scheme)
+    version = next((config[key] for key in ("version", "format", "checkpoint_format") if config.get(key)), "gemm")
+    if str(version).lower() != "gemm":
+        raise QuantoolError(
+            f"quantization_config: awq version {version!r:.80} cannot be read, expected 'gemm'", hint=FLOAT_CHECKPOINT
+        )
+    refuse_unknown(config, KEYS)
+    _read_scheme(config)  # refused also when no module has it
+    find = module_configs(config, infos)
+    schemes = {}
+    for name, info in infos.items():
+        module, _, suffix = name.rpartition(".")
+        if suffix == "qweight":
+            schemes[module] = _read_scheme(own_config(find, module, info))
+            _check_tensors(module, schemes[module], infos)
+    return schemes
 
 
 def _read_scheme(config: Mapping[str, Any]) -> QuantScheme:
-    version = config.get("version") or config.get("format") or "gemm"
-    if str(version).lower() != "gemm":
-        raise QuantoolError(
-            f"quantization_config: awq version {version!r} cannot be read, expected 'gemm'", hint=FLOAT_CHECKPOINT
-        )
-    bits, group_size, zero_point = (config.get(key) for key in ("bits", "group_size", "zero_point"))
+    require_int_weights(config)
+    bits = config.get("bits")
     if bits != BITS:
         raise QuantoolError(
-            f"quantization_config: awq with bits {bits!r} cannot be read, expected {BITS}", hint=FLOAT_CHECKPOINT
+            f"quantization_config: awq with bits {bits!r:.80} cannot be read, expected {BITS}", hint=FLOAT_CHECKPOINT
         )
-    if isinstance(group_size, bool) or not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
-        raise QuantoolError(
-            f"quantization_config: group_size is {group_size!r}, expected a positive number or -1", hint=EXPORT_AGAIN
-        )
-    return QuantScheme(bits=BITS, group_size=group_size, sym=zero_point is False)
+    return QuantScheme(bits=BITS, group_size=read_group_size(config), sym=config.get("zero_point") is False)
 
 
 def _check_tensors(module: str, scheme: QuantScheme, infos: Mapping[str, TensorInfo]) -> None:
     if f"{module}.g_idx" in infos:
         raise QuantoolError(
-            f"module '{module}' has g_idx: activation ordering cannot be read yet", hint=FLOAT_CHECKPOINT
+            f"module '{module}' has g_idx, expected none: groups are contiguous in this layout", hint=EXPORT_AGAIN
         )
     columns, words = expect_matrix(infos[f"{module}.qweight"], "I32")
     if not scheme.divides(columns):

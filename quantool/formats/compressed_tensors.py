@@ -1,6 +1,7 @@
 """compressed-tensors: what llm-compressor writes and vLLM and transformers load, 2 to 8 bits.
 
-Written is `pack-quantized`. W [N, K] of a linear X becomes, with G = K / group_size groups (1 per channel):
+Weights of float activations are `pack-quantized`. W [N, K] of a linear X becomes, with G = K / group_size groups (1 per
+channel):
 
     X.weight_packed      int32        [N, ceil(K * bits / 32)]   dense bit stream per row, see kernels/ops.py
     X.weight_scale       model dtype  [N, G]
@@ -10,10 +11,17 @@ Written is `pack-quantized`. W [N, K] of a linear X becomes, with G = K / group_
 The library speaks of signed q = code - 2**(bits-1) and stores the code: q = -8, -7, -6, -5, 0, 1, 6, 7 is the
 word 0xFE983210, and eight zero points -8, ..., -1 of one group are 0x76543210.
 
-Read are also `int-quantized` and `naive-quantized`, where X.weight is int8 q [N, K] and its zero point int8, with
-X.input_scale [1] when activations have a stored scale; and two things that older releases wrote: 3, 5, 6 and 7
-bits padded to 32 // bits codes a word, and zero points not packed.
-Layout: compressed-tensors 0.20, compressors/pack_quantized. The config is in compressed_tensors_config.py.
+Those of 8-bit activations are `int-quantized`, symmetric and per channel or tensor:
+
+    X.weight             int8         [N, K]                     q
+    X.weight_scale       model dtype  [N, 1], or [1] per tensor
+    X.input_scale        float32      [1]                        static activations: x ~ input_scale * (q - zero)
+    X.input_zero_point   int8         [1]                        static asymmetric activations
+
+Read are also `naive-quantized`, which is the same with a zero point, int8, for weights of any grouping; and what older
+releases wrote: 3, 5, 6 and 7 bits padded to 32 // bits codes a word, zero points not packed, and groups in activation
+order, X.weight_g_idx int32 [K]. No current runtime loads the last (0.20 refuses actorder "group"): it is not written.
+Layout: compressed-tensors 0.20, compressors/. The config is in compressed_tensors_config.py.
 """
 
 from collections.abc import Mapping
@@ -23,14 +31,15 @@ import torch
 from quantool.errors import QuantoolError
 from quantool.formats.compressed_tensors_config import (
     NAME,
+    VERSION,
     module_schemes,
     padded_words,
     quantization_config,
 )
-from quantool.formats.shared import EXPORT_AGAIN, transposed
+from quantool.formats.shared import EXPORT_AGAIN, require_contiguous_groups, transposed, unpack_g_idx
 from quantool.kernels.ops import WORD_BITS, packed_words
 from quantool.quant import QuantizedTensor, pack_bits, unpack_bits
-from quantool.scheme import QuantScheme
+from quantool.scheme import PER_TENSOR, QuantScheme
 
 __all__ = [
     "NAME",
@@ -61,10 +70,14 @@ SCALE_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F3
 MIN_SCALE = {torch.float16: 2.0**-24, torch.bfloat16: 2.0**-126, torch.float32: 2.0**-126}
 
 
-def rejects(scheme: QuantScheme, shape: tuple[int, int]) -> str | None:
+def rejects(scheme: QuantScheme, shape: tuple[int, int], *, act_order: bool = False) -> str | None:
     """Why this format cannot hold W [N, K] with `scheme`, in one line; None when it can."""
-    if scheme.act_bits != 16:
-        return f"format compressed-tensors is written for float activations only, not W{scheme.bits}A{scheme.act_bits}"
+    if scheme.flat or scheme.outlier_threshold is not None:
+        return f"format {NAME} holds integer weights without float outliers, not {scheme}"
+    if act_order:
+        return f"{NAME} {VERSION} refuses groups in activation order"
+    if scheme.act_bits == 8 and not (scheme.bits == 8 and scheme.sym and scheme.group_size <= 0):
+        return f"format {NAME} needs symmetric 8-bit weights per channel or tensor with 8-bit activations, not {scheme}"
     return None
 
 
@@ -80,9 +93,19 @@ def layout(
     """Suffix -> (safetensors dtype, shape) of what `pack` returns for W [N, K]."""
     rows, columns = shape
     groups = scheme.groups(columns)
-    tensors: dict[str, tuple[str, tuple[int, ...]]] = {
+    scale_dtype = SCALE_DTYPES.get(model_dtype, "F32")
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    if scheme.act_bits == 8:
+        per_tensor = scheme.group_size == PER_TENSOR
+        tensors = {"weight": ("I8", shape), "weight_scale": (scale_dtype, (1,) if per_tensor else (rows, 1))}
+        if not scheme.act_dynamic:
+            tensors["input_scale"] = ("F32", (1,))
+            if not scheme.act_sym:
+                tensors["input_zero_point"] = ("I8", (1,))
+        return tensors
+    tensors = {
         "weight_packed": ("I32", (rows, packed_words(columns, scheme.bits))),
-        "weight_scale": (SCALE_DTYPES.get(model_dtype, "F32"), (rows, groups)),
+        "weight_scale": (scale_dtype, (rows, groups)),
         "weight_shape": ("I64", (2,)),
     }
     if not scheme.sym:
@@ -91,7 +114,15 @@ def layout(
 
 
 def pack(q: QuantizedTensor) -> dict[str, torch.Tensor]:
-    """Suffix -> tensor."""
+    """Suffix -> tensor of a weight that `rejects` accepts; raises QuantoolError when it has a g_idx."""
+    require_contiguous_groups(q, NAME)
+    if q.scheme.act_bits == 8:
+        inputs = {"input_scale": q.input_scale, "input_zero_point": q.input_zero}
+        return {
+            "weight": (q.codes - q.scheme.zero).view(torch.int8),  # modulo 256
+            "weight_scale": q.scales[0].clone() if q.scheme.group_size == PER_TENSOR else q.scales.contiguous(),
+            **{suffix: tensor for suffix, tensor in inputs.items() if tensor is not None},
+        }
     tensors = {
         "weight_packed": pack_bits(q.codes, q.scheme.bits),
         "weight_scale": q.scales.contiguous(),
@@ -105,8 +136,8 @@ def pack(q: QuantizedTensor) -> dict[str, torch.Tensor]:
 def unpack(tensors: Mapping[str, torch.Tensor], scheme: QuantScheme) -> QuantizedTensor:
     """Inverse of `pack`, also for unpacked and older layouts. Per-tensor scales are repeated for every row.
 
-    Raises QuantoolError when weight_shape contradicts weight_packed, a code is out of range, or a zero point of
-    a symmetric scheme is not zero.
+    Raises QuantoolError when weight_shape contradicts weight_packed, a code is out of range, a zero point of a
+    symmetric scheme is not zero, or weight_g_idx is none.
     """
     if "weight_packed" in tensors:
         rows, columns = _stored_shape(tensors, scheme)
@@ -115,15 +146,22 @@ def unpack(tensors: Mapping[str, torch.Tensor], scheme: QuantScheme) -> Quantize
         rows, columns = tensors["weight"].shape
         codes = _from_signed(tensors["weight"], scheme, "weight")
     groups = scheme.groups(columns)
-    if bool(torch.any(tensors.get("input_zero_point", torch.zeros(1)))):
-        raise QuantoolError("tensor 'input_zero_point': expected zeros, since activations are symmetric")
-    input_scale = tensors.get("input_scale")
+    input_scale, input_zero = (tensors.get(suffix) for suffix in ("input_scale", "input_zero_point"))
+    if scheme.act_sym and input_zero is not None:
+        if bool(input_zero.any()):
+            raise QuantoolError("tensor 'input_zero_point': expected zeros, since activations are symmetric")
+        input_zero = None
+    g_idx = tensors.get("weight_g_idx")
+    if g_idx is not None and bool((g_idx == -1).all()):  # made, and never set
+        g_idx = None
     return QuantizedTensor(
         codes=codes,
         scales=_per_row(tensors["weight_scale"], rows, groups),
         zeros=_unpack_zeros(tensors.get("weight_zero_point"), scheme, rows, groups),
         scheme=scheme,
         input_scale=None if input_scale is None else input_scale.reshape(1).to(torch.float32),
+        input_zero=None if input_zero is None else input_zero.reshape(1),
+        g_idx=unpack_g_idx(g_idx, "weight_g_idx", scheme, columns),
     )
 
 

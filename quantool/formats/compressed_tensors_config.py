@@ -5,53 +5,101 @@ beginning of the name) or the class "Linear". Its keys are the library's: it ref
 Source: compressed-tensors 0.20, quantization/quant_scheme.py and utils/match.py.
 """
 
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 from quantool.errors import QuantoolError
-from quantool.formats.shared import EXPORT_AGAIN, FLOAT_CHECKPOINT, FLOATS, expect, expect_matrix
+from quantool.formats.config_keys import refuse_unknown
+from quantool.formats.shared import (
+    EXPERT,
+    EXPORT_AGAIN,
+    FLOAT_CHECKPOINT,
+    FLOATS,
+    INDICES,
+    REGEX,
+    compile_pattern,
+    expect,
+    expect_matrix,
+    module_patterns,
+)
 from quantool.io import TensorInfo
 from quantool.kernels.ops import WORD_BITS, packed_words
 from quantool.scheme import PER_CHANNEL, PER_TENSOR, QuantScheme
 
 NAME = "compressed-tensors"
 VERSION = "0.20.0"  # the first that reads 3, 5, 6 and 7 bits as they are packed here
-READABLE = ("pack-quantized", "int-quantized", "naive-quantized")
-REGEX = "re:"
+PACKED, INT8, MIXED = "pack-quantized", "int-quantized", "mixed-precision"
+EXPERTS = r"re:.*\.experts\.[0-9]+\..*"
+READABLE = (PACKED, INT8, "naive-quantized")
+# The keys of 0.20, of the config, of a config group and of its weights or activations. The library too refuses
+# others in the last two. A version is that of the package that wrote, not of the layout, so a newer one is read:
+# what it would change is in a key, in a format's name or in the shapes.
+TOP_KEYS = frozenset(
+    {
+        "config_groups",
+        "dequantize",
+        "format",
+        "global_compression_ratio",
+        "ignore",
+        "kv_cache_scheme",
+        "quant_method",
+        "quantization_status",
+        "run_compressed",
+        "sparsity_config",
+        "transform_config",
+        "use_optimized_inference",
+        "version",
+    }
+)
+ONE_VALUE: tuple[tuple[int, ...], ...] = ((), (1,), (1, 1))
+GROUP_KEYS = frozenset({"targets", "format", "weights", "input_activations", "output_activations"})
+ARGS_KEYS = frozenset(
+    {
+        "actorder",
+        "block_structure",
+        "dynamic",
+        "group_size",
+        "num_bits",
+        "observer",
+        "observer_kwargs",
+        "scale_dtype",
+        "strategy",
+        "symmetric",
+        "type",
+        "zp_dtype",
+    }
+)
+ACT_ORDER = ("group", "dynamic", True)  # of actorder, before 0.20: groups are not contiguous, g_idx says which they are
 
 
-def quantization_config(schemes: Mapping[str, QuantScheme], kept: Sequence[str]) -> dict[str, Any]:
+def quantization_config(
+    schemes: Mapping[str, QuantScheme], kept: Sequence[str], *, act_order: bool = False
+) -> dict[str, Any]:
     """One config group per scheme, the most common first; `kept` linears are `ignore`.
 
     A single scheme targets "Linear". Several name their modules, all of them: vLLM would find the class of a
     fused q/k/v projection before the names of its parts.
     """
-    weights = {name: _weights_args(scheme) for name, scheme in schemes.items()}
+    group_of = {name: _group(scheme) for name, scheme in schemes.items()}
     modules: dict[str, list[str]] = {}
-    for name, args in weights.items():
-        modules.setdefault(str(args), []).append(name)
+    for name, group in group_of.items():
+        modules.setdefault(str(group), []).append(name)
     ordered = sorted(modules.values(), key=len, reverse=True)
+    groups = [group_of[names[0]] for names in ordered]
+    formats = {group["format"] for group in groups}
     # transformers 5.23 expects unpacked zero points on its default path and refuses packed ones, llm-compressor's too.
     # Told to dequantize while loading, it reads them; it then takes every module for one of the first group.
-    dequantize = {"dequantize": True} if len(ordered) == 1 and not next(iter(schemes.values())).sym else {}
+    dequantize = {"dequantize": True} if len(groups) == 1 and not groups[0]["weights"]["symmetric"] else {}
     return {
         "quant_method": NAME,
         "version": VERSION,
-        "format": "pack-quantized",
+        "format": formats.pop() if len(formats) == 1 else MIXED,
         "quantization_status": "compressed",
         "config_groups": {
-            f"group_{i}": {
-                "targets": ["Linear"] if len(ordered) == 1 else _targets(names),
-                "format": "pack-quantized",
-                "weights": weights[names[0]],
-                "input_activations": None,
-                "output_activations": None,
-            }
-            for i, names in enumerate(ordered)
+            f"group_{i}": {"targets": ["Linear"] if len(ordered) == 1 else _targets(names, ordered), **group}
+            for i, (names, group) in enumerate(zip(ordered, groups, strict=True))
         },
         "ignore": list(kept),
         "kv_cache_scheme": None,
@@ -62,62 +110,74 @@ def quantization_config(schemes: Mapping[str, QuantScheme], kept: Sequence[str])
     }
 
 
-def _weights_args(scheme: QuantScheme) -> dict[str, Any]:
-    """Per tensor is stored as equal scales per channel: vLLM has no weight-only per-tensor strategy."""
-    grouped = scheme.group_size > 0
+def _targets(names: Sequence[str], groups: Sequence[Sequence[str]]) -> list[str]:
+    """Patterns of one config group of several. Experts that are all in it are one regex that says so.
+
+    transformers 5.23 looks for such a regex to find the scheme of merged experts, and takes another group's without
+    one; vLLM asks for experts by names of its own.
+    """
+    if sum(any(EXPERT.search(name) for name in others) for others in groups) > 1:
+        return module_patterns(names)
+    rest = [name for name in names if not EXPERT.search(name)]
+    return module_patterns(rest) + ([EXPERTS] if len(rest) < len(names) else [])
+
+
+def _group(scheme: QuantScheme) -> dict[str, Any]:
+    """A config group without its targets."""
+    if scheme.act_bits == 16:
+        # vLLM has no weight-only per-tensor strategy: equal scales per channel are the same weights.
+        strategy, activations = "group" if scheme.group_size > 0 else "channel", None
+    else:
+        strategy = "tensor" if scheme.group_size == PER_TENSOR else "channel"
+        activations = _args(8, "token" if scheme.act_dynamic else "tensor", sym=scheme.act_sym)
+        activations["dynamic"] = scheme.act_dynamic
+    weights = _args(scheme.bits, strategy, sym=scheme.sym)
+    if strategy == "group":
+        weights["group_size"] = scheme.group_size
     return {
-        "num_bits": scheme.bits,
+        "format": PACKED if activations is None else INT8,
+        "weights": weights,
+        "input_activations": activations,
+        "output_activations": None,
+    }
+
+
+def _args(bits: int, strategy: str, *, sym: bool) -> dict[str, Any]:
+    return {
+        "num_bits": bits,
         "type": "int",
-        "symmetric": scheme.sym,
-        "strategy": "group" if grouped else "channel",
-        "group_size": scheme.group_size if grouped else None,
+        "symmetric": sym,
+        "strategy": strategy,
+        "group_size": None,
         "dynamic": False,
     }
 
 
-def _targets(names: Sequence[str]) -> list[str]:
-    """Patterns that match exactly `names`.
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """What a config group says of its modules."""
 
-    Names that differ in numbers only, as those of one linear in all blocks, are one regex that lists the numbers
-    of each place, if the names are every combination of these; a config of experts would be long otherwise.
-    """
-    places: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
-    for name in names:
-        parts = re.split(r"(?<=\.)([0-9]{1,9})(?=\.)", name)
-        places.setdefault(tuple(parts[::2]), []).append(tuple(parts[1::2]))
-    targets = []
-    for literals, numbers in places.items():
-        choices = [sorted(set(column), key=int) for column in zip(*numbers, strict=True)]
-        if len(numbers) > 1 and math.prod(map(len, choices)) == len(set(numbers)):
-            fields = [f"({'|'.join(choice)})" for choice in choices]
-            targets.append(REGEX + _weave(map(re.escape, literals), fields) + "$")
-        else:
-            targets += [_weave(literals, fields) for fields in numbers]
-    return targets
-
-
-def _weave(literals: Iterable[str], fields: Iterable[str]) -> str:
-    """literals[0] + fields[0] + literals[1] + ... + literals[-1]."""
-    return "".join(map("".join, zip_longest(literals, fields, fillvalue="")))
+    scheme: QuantScheme
+    act_order: bool
 
 
 @dataclass(frozen=True, slots=True)
 class _Matcher:
-    """Patterns of config.json -> schemes.
+    """Patterns of config.json -> config groups.
 
     As in the library, names come before regexes and these before classes, regexes are tried in alphabetical
     order, and `ignore` beats everything.
     """
 
-    exact: Mapping[str, QuantScheme]
-    regexes: Sequence[tuple[re.Pattern[str], QuantScheme]]
+    exact: Mapping[str, _Group]
+    regexes: Sequence[tuple[re.Pattern[str], _Group]]
     ignore: frozenset[str]
     ignore_regexes: Sequence[re.Pattern[str]]
 
-    def find(self, name: str) -> QuantScheme | None:
+    def find(self, name: str) -> _Group | None:
         if name in self.ignore or any(regex.match(name) for regex in self.ignore_regexes):
             return None
-        by_regex = (scheme for regex, scheme in self.regexes if regex.match(name))
+        by_regex = (group for regex, group in self.regexes if regex.match(name))
         return self.exact.get(name) or next(by_regex, None) or self.exact.get("Linear")
 
 
@@ -133,15 +193,15 @@ def module_schemes(config: Mapping[str, Any], infos: Mapping[str, TensorInfo]) -
         module, _, suffix = name.rpartition(".")
         if not (suffix == "weight_packed" or (suffix == "weight" and info.dtype == "I8")):
             continue
-        scheme = matcher.find(module)
-        if scheme is None:
+        group = matcher.find(module)
+        if group is None:
             raise QuantoolError(
                 f"{info.path.name}: module '{module}' has quantized weights, "
                 "but no config group of config.json targets it",
                 hint=EXPORT_AGAIN,
             )
-        _check_tensors(module, info, scheme, infos)
-        schemes[module] = scheme
+        _check_tensors(module, info, group, infos)
+        schemes[module] = group.scheme
     return schemes
 
 
@@ -153,17 +213,26 @@ def _read_config(config: Mapping[str, Any]) -> _Matcher:
         raise _unsupported("a quantized kv cache (kv_cache_scheme)")
     if _object(config.get("transform_config") or {}, "transform_config").get("config_groups"):
         raise _unsupported("rotations (transform_config)")
-    patterns: dict[str, QuantScheme] = {}
+    writer = f" ({NAME} {config.get('version')!r:.40})"
+    refuse_unknown(config, TOP_KEYS, writer)
+    patterns: dict[str, _Group] = {}
     for name, value in _object(config.get("config_groups"), "config_groups").items():
-        group = _object(value, name)
-        scheme = _read_scheme(group, group.get("format") or config.get("format"))
-        patterns |= dict.fromkeys(_names(group.get("targets"), "targets"), scheme)
+        section = _object(value, f"{name!r:.80}")
+        weights = _object(section.get("weights"), "weights")
+        refuse_unknown(section, GROUP_KEYS, f" of {name!r:.80}{writer}")
+        for key in ("weights", "input_activations"):
+            refuse_unknown(_object(section.get(key) or {}, key), ARGS_KEYS, f" of {key}{writer}")
+        group = _Group(
+            _read_scheme(section, section.get("format") or config.get("format")),
+            act_order=weights.get("actorder") in ACT_ORDER,
+        )
+        patterns |= dict.fromkeys(_names(section.get("targets"), "targets"), group)
     ignore = _names(config.get("ignore") or [], "ignore")
     return _Matcher(
         exact={name: scheme for name, scheme in patterns.items() if not name.startswith(REGEX)},
-        regexes=[(_compile(name), patterns[name]) for name in sorted(patterns) if name.startswith(REGEX)],
+        regexes=[(compile_pattern(name), patterns[name]) for name in sorted(patterns) if name.startswith(REGEX)],
         ignore=frozenset(name for name in ignore if not name.startswith(REGEX)),
-        ignore_regexes=[_compile(name) for name in ignore if name.startswith(REGEX)],
+        ignore_regexes=[compile_pattern(name) for name in ignore if name.startswith(REGEX)],
     )
 
 
@@ -182,7 +251,7 @@ def _read_scheme(group: Mapping[str, Any], format_name: Any) -> QuantScheme:
         raise _unsupported(f"weight strategy '{strategy}'")
     if strategy == "group" and (not isinstance(group_size, int) or group_size < 1):
         raise QuantoolError(
-            f"quantization_config: group_size is {group_size!r}, expected a positive number", hint=EXPORT_AGAIN
+            f"quantization_config: group_size is {group_size!r:.80}, expected a positive number", hint=EXPORT_AGAIN
         )
     if group.get("output_activations"):
         raise _unsupported("quantized output activations")
@@ -193,18 +262,19 @@ def _read_scheme(group: Mapping[str, Any], format_name: Any) -> QuantScheme:
         return QuantScheme(bits=bits, group_size=size, sym=sym)
     if bits != 8 or not sym or strategy == "group":
         raise _unsupported(f"quantized activations with {QuantScheme(bits, size, sym)} weights")
-    return QuantScheme(bits, size, sym, act_bits=8, act_dynamic=_dynamic(activations))
+    dynamic, act_sym = _read_activations(activations)
+    return QuantScheme(bits, size, sym, act_bits=8, act_dynamic=dynamic, act_sym=act_sym)
 
 
-def _dynamic(activations: Any) -> bool:
-    """Whether int8 activations get a scale per token at run time, or have one stored."""
-    args = _object(activations, "input_activations")
-    kind = (args.get("type", "int"), args.get("num_bits", 8), args.get("symmetric", True), args.get("strategy"))
-    dynamic = args.get("dynamic", False)
-    if kind[:3] != ("int", 8, True) or (kind[3], dynamic) not in (("token", True), ("tensor", False)):
-        words = "dynamic" if dynamic else "static", kind[3], "symmetric" if kind[2] else "asymmetric"
+def _read_activations(section: Any) -> tuple[bool, bool]:
+    """Whether int8 activations get a scale per token at run time (or have one stored), and whether no zero point."""
+    args = _object(section, "input_activations")
+    kind = (args.get("type", "int"), args.get("num_bits", 8), args.get("strategy"), bool(args.get("dynamic")))
+    sym = bool(args.get("symmetric", True))
+    if kind not in (("int", 8, "token", True), ("int", 8, "tensor", False)) or args.get("dynamic") == "local":
+        words = "dynamic" if kind[3] else "static", kind[2], "symmetric" if sym else "asymmetric"
         raise _unsupported(f"activations that are {' '.join(map(str, words))} {kind[0]}{kind[1]}")
-    return bool(dynamic)
+    return kind[3], sym
 
 
 def _names(value: Any, key: str) -> list[str]:
@@ -219,29 +289,19 @@ def _object(value: Any, key: str) -> Mapping[str, Any]:
     raise QuantoolError(f"quantization_config: {key} is not an object", hint=EXPORT_AGAIN)
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern.removeprefix(REGEX))
-    except re.error as error:
-        raise QuantoolError(f"quantization_config: '{pattern}' is not a regular expression: {error}") from error
-
-
 def _unsupported(what: str) -> QuantoolError:
     return QuantoolError(
-        f"quantization_config: compressed-tensors with {what} cannot be read",
+        f"quantization_config: compressed-tensors with {' '.join(what.split()):.120} cannot be read",
         hint=FLOAT_CHECKPOINT,
     )
 
 
-def _check_tensors(module: str, weight: TensorInfo, scheme: QuantScheme, infos: Mapping[str, TensorInfo]) -> None:
+def _check_tensors(module: str, weight: TensorInfo, group: _Group, infos: Mapping[str, TensorInfo]) -> None:
     """Raise QuantoolError where the tensors of a module are not those of its scheme."""
-    if f"{module}.weight_g_idx" in infos:
-        raise QuantoolError(
-            f"module '{module}' has weight_g_idx: activation ordering cannot be read yet", hint=FLOAT_CHECKPOINT
-        )
+    scheme = group.scheme
     packed = weight.name.endswith("_packed")
     rows, columns = expect_matrix(weight, "I32" if packed else "I8")
-    per_tensor: tuple[tuple[int, ...], ...] = ((), (1,), (1, 1)) if scheme.group_size == PER_TENSOR else ()
+    per_tensor = ONE_VALUE if scheme.group_size == PER_TENSOR else ()
     groups = 1
     if scheme.group_size > 0:
         groups = _groups(weight, columns, scheme, infos.get(f"{module}.weight_scale"))
@@ -254,8 +314,12 @@ def _check_tensors(module: str, weight: TensorInfo, scheme: QuantScheme, infos: 
             expect(infos, zero_point, ("I32",), *((words, groups) for words in _word_counts(rows, scheme.bits)))
         else:
             expect(infos, zero_point, ("I8",), (rows, groups), *per_tensor)
+    if group.act_order or f"{module}.weight_g_idx" in infos:
+        expect(infos, f"{module}.weight_g_idx", INDICES)
     if scheme.act_bits == 8 and not scheme.act_dynamic:
-        expect(infos, f"{module}.input_scale", FLOATS, (), (1,), (1, 1))
+        expect(infos, f"{module}.input_scale", FLOATS, *ONE_VALUE)
+        if not scheme.act_sym:
+            expect(infos, f"{module}.input_zero_point", ("I8",), *ONE_VALUE)
 
 
 def _groups(weight: TensorInfo, columns: int, scheme: QuantScheme, scale: TensorInfo | None) -> int:

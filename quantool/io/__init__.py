@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from quantool.errors import QuantoolError
+from quantool.errors import QuantoolError, one_line
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
@@ -113,7 +113,7 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=HUB_DUPLICATES))
     except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = one_line(error)
         raise QuantoolError(
             f"{name}: no such directory, and the hub did not give it: {reason}",
             hint="give a local directory; with HF_HUB_OFFLINE=1 only the local cache is used",

@@ -4,12 +4,32 @@ Packed weights are `bits`-wide unsigned codes in one dense little-endian bit str
 code k of a row starts at bit k * bits, and a code may straddle two words (3, 5, 6 and 7 bits). This is the
 row layout of compressed-tensors 0.20, so 0xFE983210 holds the codes 0, 1, 2, 3, 8, 9, 14, 15.
 
+Four-bit codes of bitsandbytes (nf4, fp4) run over the flattened weight instead, two to a byte, the first in the high
+half: 12, 4, 7, 15 are 0xC4 0x7F. Each stands for one of 16 levels, and `block_size` weights in a row share a scale.
+
 CUDA kernels register under the same schemas; a caller never asks which device it is on.
 """
 
+import ctypes
+
 import torch
 
+from quantool.kernels import compiled
+
 WORD_BITS = 32
+# NF4: quantiles of the normal distribution (QLoRA, Dettmers et al. 2023, appendix E). FP4: sign, two bits of exponent
+# and one of mantissa, relative to the largest. Both in the order of their codes, as bitsandbytes stores them.
+LEVELS: dict[str, tuple[float, ...]] = {
+    "nf4": (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+    "fp4": tuple(sign * level / 12 for sign in (1, -1) for level in (0, 0.0625, 8, 12, 4, 6, 2, 3)),
+}
+ABSMAX_BLOCK = 256  # scales that share a second scale, in double quantization
+LLM_INT8_STEP = 6.200124e-05  # in bitsandbytes 0.50, functional on a CPU; 1 / 127^2 is 6.200012e-05
 
 
 def packed_words(count: int, bits: int) -> int:
@@ -72,6 +92,47 @@ def dequantize(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | 
     return grouped.mul_(scales.unsqueeze(-1).to(torch.float32)).view(rows, columns)
 
 
+def pack_nibbles(codes: torch.Tensor, fill: int = 0) -> torch.Tensor:
+    """Codes below 16, uint8 of any shape -> uint8 [ceil(n / 2)], the first of two in the high half.
+
+    `fill` is beside the last of an odd number.
+    """
+    flat = codes.reshape(-1)
+    if flat.numel() % 2:
+        flat = torch.nn.functional.pad(flat, (0, 1), value=fill)
+    return (flat[::2] << 4).bitwise_or_(flat[1::2])
+
+
+def unpack_nibbles(packed: torch.Tensor, count: int) -> torch.Tensor:
+    """Inverse of `pack_nibbles`: uint8 [ceil(count / 2)] -> uint8 [count]."""
+    return torch.stack((packed >> 4, packed & 0xF), dim=-1).view(-1)[:count]
+
+
+def levels(dtype: str) -> torch.Tensor:
+    """What the codes of "nf4" or "fp4" stand for: float32 [16], relative to the largest weight of a block."""
+    return torch.tensor(LEVELS[dtype], dtype=torch.float64).to(torch.float32)
+
+
+def dequantize_levels(
+    qweight: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor, shape: tuple[int, int], block_size: int
+) -> torch.Tensor:
+    """W.flatten()[i] = absmax[i // block_size] * table[code i]: qweight uint8 [ceil(NK / 2)] -> float32 [N, K]."""
+    pairs = torch.cartesian_prod(table, table)  # what each byte stands for
+    flat = pairs.index_select(0, qweight.to(torch.int32)).view(-1)[: shape[0] * shape[1]]
+    whole = flat.numel() // block_size
+    flat[: whole * block_size].view(whole, block_size).mul_(absmax[:whole].unsqueeze(-1))
+    flat[whole * block_size :].mul_(absmax[whole:])  # of one last block, or of none
+    return flat.view(shape)
+
+
+def dequantize_absmax(
+    codes: torch.Tensor, quant_map: torch.Tensor, absmax: torch.Tensor, offset: torch.Tensor
+) -> torch.Tensor:
+    """Scales that are quantized themselves: quant_map[codes[i]] * absmax[i // 256] + offset, float32 [B]."""
+    steps = absmax.repeat_interleave(ABSMAX_BLOCK)[: codes.numel()]
+    return quant_map.index_select(0, codes.to(torch.int32)).mul_(steps).add_(offset)
+
+
 @torch.library.custom_op("quantool::linear_wna16", mutates_args=())
 def linear_wna16(
     x: torch.Tensor,
@@ -104,18 +165,39 @@ def linear_w8a8(
     qweight: torch.Tensor,
     scales: torch.Tensor,
     input_scale: torch.Tensor | None,
+    input_zero: torch.Tensor | None,
     bias: torch.Tensor | None,
+    act_sym: bool,
 ) -> torch.Tensor:
-    """y = q(x) W^T + bias with int8 W [N, K] and scales [N, 1]; x is rounded to int8 per token, or by `input_scale`."""
-    wide = x.to(torch.float32)
-    if input_scale is None:
-        # compressed-tensors' symmetric range: 255 steps over [-amax, amax].
-        input_scale = wide.abs().amax(-1, keepdim=True).div(127.5)
-        input_scale = input_scale.masked_fill(input_scale == 0, 1)  # a token of zeros stays zeros
-    step = input_scale.to(torch.float32)
-    rounded = (wide / step).round().clamp(-128, 127) * step
-    weight = qweight.to(torch.float32) * scales.to(torch.float32)
-    return torch.nn.functional.linear(rounded.to(x.dtype), weight.to(x.dtype), bias)
+    """y = q(x) W^T + bias with int8 W [N, K] and scales [N, G].
+
+    x is rounded to int8 by `input_scale` [1] and `input_zero` int8 [1], or without a scale by the range of each token,
+    with a zero point unless `act_sym`.
+    """
+    wide, grouped = x.to(torch.float32), qweight.view(*scales.shape, -1).to(torch.float32)
+    weight = grouped.mul_(scales.unsqueeze(-1).to(torch.float32)).view_as(qweight)
+    return torch.nn.functional.linear(
+        _round_input(wide, input_scale, input_zero, act_sym).to(x.dtype), weight.to(x.dtype), bias
+    )
+
+
+def _round_input(x: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None, act_sym: bool) -> torch.Tensor:
+    """What int8 makes of X float32 [..., K]; the ranges of a token are those of compressed-tensors."""
+    shift = torch.zeros((), device=x.device) if zero is None else zero.to(torch.float32)
+    if scale is not None:
+        step = scale.to(torch.float32).masked_fill(scale == 0, 1)
+    elif act_sym:
+        step = _step(x.abs().amax(-1, keepdim=True), 127.5)  # 255 steps over [-amax, amax]
+    else:
+        low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+        step = _step(high - low, 255)
+        shift = (-128 - low / step).round()
+    return (x / step).add_(shift).round_().clamp_(-128, 127).sub_(shift).mul_(step)
+
+
+def _step(span: torch.Tensor, steps: float) -> torch.Tensor:
+    """1 for a token of zeros, which stays zeros."""
+    return (span / steps).masked_fill(span == 0, 1)
 
 
 @linear_w8a8.register_fake
@@ -124,6 +206,190 @@ def _(
     qweight: torch.Tensor,
     scales: torch.Tensor,
     input_scale: torch.Tensor | None,
+    input_zero: torch.Tensor | None,
     bias: torch.Tensor | None,
+    act_sym: bool,
 ) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], qweight.shape[0])
+
+
+@torch.library.custom_op("quantool::linear_nf4", mutates_args=())
+def linear_nf4(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    absmax: torch.Tensor,
+    table: torch.Tensor,
+    bias: torch.Tensor | None,
+    rows: int,
+    block_size: int,
+) -> torch.Tensor:
+    """y = x W^T + bias with W [N, K] of 4-bit levels: qweight uint8 [ceil(NK / 2)], absmax [B], table [16], rows N."""
+    weight = dequantize_levels(qweight, absmax, table, (rows, x.shape[-1]), block_size)
+    return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
+
+
+@linear_nf4.register_fake
+def _(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    absmax: torch.Tensor,
+    table: torch.Tensor,
+    bias: torch.Tensor | None,
+    rows: int,
+    block_size: int,
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+@torch.library.custom_op("quantool::linear_llm_int8", mutates_args=())
+def linear_llm_int8(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    threshold: float,
+) -> torch.Tensor:
+    """y = x W^T + bias with int8 W [N, K] and scales [N, 1], by LLM.int8() (Dettmers et al. 2022, section 3).
+
+    Input channels in which any token of the batch has a value of at least `threshold` are multiplied in float, the
+    others in int8 with one scale per token; 0 is no threshold. As in bitsandbytes on a CPU, tokens are rounded from
+    float16, the scale of a token is that of all its values below the threshold, and 1 / 127^2 is LLM_INT8_STEP.
+    """
+    tokens = x.reshape(-1, x.shape[-1])
+    half = tokens.to(torch.float16)
+    columns = torch.empty(0, dtype=torch.int64, device=x.device)
+    if threshold > 0:
+        outliers = half.abs() >= threshold
+        columns = outliers.any(0).nonzero().view(-1)
+        half = half.masked_fill(outliers, 0)
+    absmax = half.abs().amax(-1, keepdim=True).to(torch.float32)
+    steps = (half * (127.0 / absmax)).round_().masked_fill_(absmax == 0, 0)
+    steps[:, columns] = 0
+    weight = qweight.to(torch.float32)
+    y = torch.nn.functional.linear(steps, weight).mul_(absmax * (scales.t() * 127)).mul_(LLM_INT8_STEP)
+    y = (y if bias is None else y.add_(bias)).to(x.dtype)
+    if columns.numel():
+        weight = weight[:, columns].mul_(scales)
+        y = y.addmm(tokens[:, columns], weight.to(x.dtype).t())
+    return y.view(*x.shape[:-1], -1)
+
+
+@linear_llm_int8.register_fake
+def _(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    threshold: float,
+) -> torch.Tensor:
+    return x.new_empty(*x.shape[:-1], qweight.shape[0])
+
+
+def gptq_columns_reference(
+    weight: torch.Tensor,
+    hinv: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    groups: torch.Tensor,
+    max_code: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round one block of columns, each after the errors of those before it: codes uint8 [N, B], errors float32 [N, B].
+
+    weight float32 [N, B] as earlier blocks left it; hinv float32 [B, B], the block on the diagonal of the upper
+    Cholesky factor U of the inverse Hessian (H^-1 = U^T U); scales and zeros float32 [N, G]; groups int32 [B], the
+    group of each column. Both results are column-major. A weight that is NaN gets the code 0 and the error NaN.
+    What follows, W[:, later] -= errors @ U[block, later], is the caller's. Frantar et al. 2023, algorithm 1.
+
+    This is the oracle of the compiled kernels (csrc/gptq.cpp), and what computes where there are none.
+    """
+    _require_columns(weight, hinv, scales, zeros, groups, max_code)
+    columns = weight.T.clone(memory_format=torch.contiguous_format)  # [B, N]: a column's rows lie side by side
+    codes = torch.empty_like(columns)
+    steps, shifts = scales.T[groups], zeros.T[groups]
+    for i in range(len(columns)):
+        code = (columns[i] / steps[i]).round_().add_(shifts[i]).clamp_(0, max_code)
+        error = (columns[i] - (code - shifts[i]) * steps[i]) / hinv[i, i]
+        columns[i + 1 :] -= hinv[i, i + 1 :, None] * error
+        columns[i], codes[i] = error, code
+    return codes.nan_to_num_(nan=0).to(torch.uint8).T, columns.T
+
+
+gptq_columns = torch.library.custom_op("quantool::gptq_columns", gptq_columns_reference, mutates_args=())
+
+
+@gptq_columns.register_kernel("cpu")
+def _(
+    weight: torch.Tensor,
+    hinv: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    groups: torch.Tensor,
+    max_code: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    library = compiled()
+    if library is None:
+        return gptq_columns_reference(weight, hinv, scales, zeros, groups, max_code)
+    _require_columns(weight, hinv, scales, zeros, groups, max_code)
+    rows, columns = weight.shape
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    factor, scales, zeros, groups = hinv.T.contiguous(), scales.contiguous(), zeros.contiguous(), groups.contiguous()
+    codes = torch.empty(columns, rows, dtype=torch.uint8)
+    errors = torch.empty(columns, rows)
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    failed = library.quantool_gptq_columns(
+        pointer(weight.data_ptr()),
+        number(weight.stride(0)),
+        pointer(factor.data_ptr()),
+        pointer(scales.data_ptr()),
+        pointer(zeros.data_ptr()),
+        number(scales.shape[1]),
+        pointer(groups.data_ptr()),
+        number(rows),
+        number(columns),
+        number(max_code),
+        pointer(codes.data_ptr()),
+        pointer(errors.data_ptr()),
+    )
+    if failed:
+        raise RuntimeError("quantool::gptq_columns: torch's thread pool failed")
+    return codes.T, errors.T
+
+
+@gptq_columns.register_fake
+def _(
+    weight: torch.Tensor,
+    hinv: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    groups: torch.Tensor,
+    max_code: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, columns = weight.shape
+    return weight.new_empty(columns, rows, dtype=torch.uint8).T, weight.new_empty(columns, rows).T
+
+
+def _require_columns(
+    weight: torch.Tensor,
+    hinv: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    groups: torch.Tensor,
+    max_code: int,
+) -> None:
+    """Raise ValueError when the arguments of `gptq_columns` do not fit: compiled code would read past their ends."""
+    (rows, columns), count = weight.shape, scales.shape[-1]
+    floats = (weight, hinv, scales, zeros)
+    if (
+        hinv.shape != (columns, columns)
+        or not scales.shape == zeros.shape == (rows, count)
+        or groups.shape != (columns,)
+        or any(tensor.dtype != torch.float32 for tensor in floats)
+        or groups.dtype != torch.int32
+        or any(tensor.device != weight.device for tensor in (*floats, groups))
+    ):
+        found = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in (*floats, groups))
+        raise ValueError(f"weight, hinv, scales, zeros, groups do not fit each other: {found}")
+    if columns and not 0 <= int(groups.min()) <= int(groups.max()) < count:
+        raise ValueError(f"groups are {int(groups.min())} to {int(groups.max())}, expected 0 to {count - 1}")
+    if not 0 < max_code < 256:
+        raise ValueError(f"max_code is {max_code}, expected 1 to 255")

@@ -9,7 +9,7 @@ precision between channels without changing the network: W s is rounded, s is di
 which is the exact squared error of the linears' outputs over all calibration tokens, with no pass over them; it is
 a sum over rows of W, taken over some hundred of them. The best few scales are then tried on the block itself: the
 one whose block output is nearest to the float block's wins.
-After folding, the range of every group is searched (clip.py) on the scaled moment.
+After folding, awq searches the range of every group (clip.py) on the scaled moment, and awq+gptq rounds by GPTQ.
 
 Lin et al. 2023, AWQ: Activation-aware Weight Quantization, sections 3.1-3.2. Here m is the root mean square
 rather than the mean magnitude, the loss is exact rather than sampled, and scales are also folded from o_proj
@@ -20,81 +20,28 @@ from collections.abc import Mapping
 
 import torch
 
-from quantool.methods.clip import quantize_clipped
+from quantool.methods.statistics import Inputs, shared_by_source
 from quantool.model.blocks import Block
-from quantool.model.folds import Group, Source, find_groups, fold
-from quantool.quant import QuantizedTensor, RoundScales, round_affine, row_pieces
-from quantool.scheme import QuantScheme
+from quantool.model.folds import Group
+from quantool.quant import RoundScales, round_affine, row_pieces
+from quantool.scheme import MethodOptions, QuantScheme
 
 FINALISTS = 3  # scales of a group that are tried on the block itself
 ROWS = 256  # of each weight, at least, that the loss is summed over when there are more
 
 
-def quantize_block(
-    block: Block,
-    schemes: Mapping[str, QuantScheme],
-    round_scales: RoundScales,
-    *,
-    stored: torch.dtype,
-    n_grid: int,
-) -> dict[str, QuantizedTensor]:
-    """Codes of the linears in `schemes`; scales are folded into the block's norms and linears in place."""
-    groups = find_groups(block)
-    moments = second_moments(block, groups)
-    for group in groups:
-        if group.source is None or not all(name in schemes for name in group.linears):
-            continue
-        moment = moments[group.linears[0]]
-        scale = _search_scale(block, group, moment, schemes, round_scales=round_scales, n_grid=n_grid)
-        exact = fold(block, group, scale, stored)
-        moments[group.linears[0]] = moment / exact.outer(exact)
-    # Only now: folding into v_proj or up_proj changes weights that an earlier group holds.
-    out = {}
-    for group in groups:
-        for name in group.linears:
-            if name in schemes:
-                weight = block.linears[name].weight.detach()
-                out[name] = quantize_clipped(weight.float(), schemes[name], round_scales, moments[group.linears[0]])
-    return out
-
-
-def second_moments(block: Block, groups: list[Group]) -> dict[str, torch.Tensor]:
-    """Mean of x x^T over all calibration tokens, float32 [K, K], for the first linear of each group."""
-    sums: dict[str, torch.Tensor] = {}
-    tokens = sum(hidden.shape[0] * hidden.shape[1] for hidden in block.states.hidden)
-
-    def add(name: str, args: tuple[torch.Tensor, ...]) -> None:
-        x = args[0].reshape(-1, args[0].shape[-1]).float()
-        if name not in sums:
-            sums[name] = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-        sums[name].addmm_(x.T, x, alpha=1 / tokens)
-
-    hooks = [
-        block.linears[group.linears[0]].register_forward_pre_hook(
-            lambda _m, args, name=group.linears[0]: add(name, args)
-        )
-        for group in groups
-    ]
-    try:
-        for _ in block.replay():
-            pass
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return sums
-
-
-def _search_scale(
+def search_scale(
     block: Block,
     group: Group,
-    moment: torch.Tensor,
+    inputs: Inputs,
     schemes: Mapping[str, QuantScheme],
     *,
     round_scales: RoundScales,
-    n_grid: int,
+    options: MethodOptions,
 ) -> torch.Tensor:
     """The scale [K] of a group: the best few of the grid by the linears' outputs, of these the best by the block's."""
-    magnitude = _shared(moment.diagonal().clamp(min=1e-12).sqrt(), group.source)
+    moment, n_grid = inputs.moment, options.n_grid
+    magnitude = shared_by_source(moment.diagonal().clamp(min=1e-12), group.source, "mean").sqrt()
     scales = [magnitude ** (i / n_grid) for i in range(n_grid + 1)]
     scales = [(scale / (scale.max() * scale.min()).sqrt()).clamp(1e-4, 1e4) for scale in scales]
     losses = torch.zeros(len(scales), dtype=torch.float64)
@@ -137,14 +84,3 @@ def _best_on_block(
     for name, weight in originals.items():
         block.linears[name].weight.copy_(weight)
     return scales[errors.index(min(errors))]
-
-
-def _shared(magnitude: torch.Tensor, source: Source | None) -> torch.Tensor:
-    """Root mean square over the input channels that one row of the source feeds, as with shared key-value heads."""
-    if source is None or source.kind != "linear":
-        return magnitude
-    rows = source.rows.to(magnitude.device)
-    none = magnitude.new_zeros(int(rows.max()) + 1)
-    total = none.index_add(0, rows, magnitude.square())
-    count = none.index_add(0, rows, torch.ones_like(magnitude))
-    return (total / count.clamp(min=1)).sqrt()[rows]

@@ -11,6 +11,7 @@ rounding with it errs less: what the grid's end points cannot say.
 
 import torch
 
+from quantool.methods.statistics import Inputs
 from quantool.quant import (
     QuantizedTensor,
     RoundScales,
@@ -20,26 +21,38 @@ from quantool.quant import (
     round_to_grid,
     row_pieces,
 )
-from quantool.scheme import PER_TENSOR, QuantScheme
+from quantool.scheme import PER_TENSOR, MethodOptions, QuantScheme
 
 FITS = 2  # rounds of fitting the scale to its codes; a third changes nothing that can be measured
 RATIOS = tuple(1 - 0.05 * i for i in range(9))  # 1.0 down to 0.6
 
 
+def quantize_weight(
+    weight: torch.Tensor, scheme: QuantScheme, round_scales: RoundScales, *, inputs: Inputs, options: MethodOptions
+) -> QuantizedTensor:
+    """The rounding step of a block method: `quantize_clipped` for the moment of what reaches the linear."""
+    return quantize_clipped(weight, scheme, round_scales, inputs.moment)
+
+
 def quantize_clipped(
     weight: torch.Tensor, scheme: QuantScheme, round_scales: RoundScales, moment: torch.Tensor | None = None
 ) -> QuantizedTensor:
-    """Codes of W float32 [N, K] with the best ratio per group; `moment` is X^T X [K, K] of its inputs, if known."""
-    grams = None if moment is None else _diagonal_blocks(moment, scheme.width(weight.shape[1]))
+    """Codes of W float32 [N, K] on the best grid of every group; `moment` as for `search_grid`."""
+    scales, zeros = search_grid(weight, scheme, round_scales, moment)
+    return QuantizedTensor(quantize_affine(weight, scales, zeros, scheme), scales, zeros, scheme)
+
+
+def search_grid(
+    weight: torch.Tensor, scheme: QuantScheme, round_scales: RoundScales, moment: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales [N, G] and zeros uint8 [N, G] (None when symmetric) of least error for every group of W float32 [N, K].
+
+    `moment` is what an error costs: X^T X [K, K] of the inputs, a cost per channel [K], or None, all the same.
+    """
+    grams = None if moment is None else _grams(moment, scheme.width(weight.shape[1]))
     pieces = (weight,) if scheme.group_size == PER_TENSOR else row_pieces(weight)
-    parts = [_quantize_piece(piece, scheme, round_scales, grams) for piece in pieces]
-    zeros = [part.zeros for part in parts if part.zeros is not None]
-    return QuantizedTensor(
-        torch.cat([part.codes for part in parts]),
-        torch.cat([part.scales for part in parts]),
-        torch.cat(zeros) if zeros else None,
-        scheme,
-    )
+    scales, zeros = zip(*(_search_piece(piece, scheme, round_scales, grams) for piece in pieces), strict=True)
+    return torch.cat(scales), None if scheme.sym else torch.cat(zeros)
 
 
 def best_ratios(
@@ -54,15 +67,15 @@ def best_ratios(
     return torch.tensor(RATIOS, device=weight.device)[torch.stack(errors).argmin(0)]
 
 
-def _quantize_piece(
+def _search_piece(
     weight: torch.Tensor, scheme: QuantScheme, round_scales: RoundScales, grams: torch.Tensor | None
-) -> QuantizedTensor:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     ratios = best_ratios(weight, scheme, round_scales, grams)
     scales, zeros = choose_qparams(weight, scheme, round_scales, clip=ratios)
     if scheme.group_size != PER_TENSOR:
         for _ in range(FITS):
             scales = _fitted(weight, scales, zeros, scheme, round_scales=round_scales, grams=grams)
-    return QuantizedTensor(quantize_affine(weight, scales, zeros, scheme), scales, zeros, scheme)
+    return scales, zeros
 
 
 def _fitted(
@@ -86,8 +99,10 @@ def _fitted(
     return torch.where(new_error < old_error, fitted, scales)
 
 
-def _diagonal_blocks(moment: torch.Tensor, width: int) -> torch.Tensor:
-    """[K, K] -> [G, width, width]."""
+def _grams(moment: torch.Tensor, width: int) -> torch.Tensor:
+    """[K, K] -> its diagonal blocks [G, width, width]; [K] -> [G, width]."""
+    if moment.dim() == 1:
+        return moment.view(-1, width)
     return torch.stack([moment[i : i + width, i : i + width] for i in range(0, moment.shape[0], width)])
 
 
@@ -101,4 +116,6 @@ def _inner(a: torch.Tensor, b: torch.Tensor, groups: int, grams: torch.Tensor | 
     left, right = (t.view(t.shape[0], groups, -1) for t in (a, b))
     if grams is None:
         return (left * right).sum(-1)
+    if grams.dim() == 2:
+        return (left * grams * right).sum(-1)
     return ((left.transpose(0, 1).contiguous() @ grams) * right.transpose(0, 1)).sum(-1).T

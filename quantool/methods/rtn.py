@@ -16,15 +16,16 @@ import torch
 
 from quantool.methods.clip import quantize_clipped
 from quantool.quant import QuantizedTensor, RoundScales, choose_qparams, quantize_affine
-from quantool.scheme import PER_TENSOR, QuantScheme
+from quantool.scheme import PER_TENSOR, MethodOptions, QuantScheme
 
 PIECE = 32767  # weights: at::internal::GRAIN_SIZE is 32768, from which on torch splits an operation over threads
 
 
 def quantize_weight(
-    weight: torch.Tensor, scheme: QuantScheme, round_scales: RoundScales, *, mse: bool
+    weight: torch.Tensor, scheme: QuantScheme, round_scales: RoundScales, *, options: MethodOptions
 ) -> QuantizedTensor:
     """W float [N, K] in any dtype -> its codes."""
+    mse = options.mse
     if scheme.group_size == PER_TENSOR:
         return _quantize_piece(weight, scheme, round_scales, mse)
     rows = max(1, PIECE // weight.shape[1])

@@ -1,33 +1,42 @@
 """Which stored weights are linears to quantize, told from names and shapes alone: no network, no transformers.
 
-Decoder blocks are the largest family of tensors numbered alike ("model.layers.0.", "transformer.h.0."); their
-matrices are linears, except routers of experts, whose rounding would change which expert runs.
+Decoder blocks are the largest family of tensors numbered alike ("model.layers.0.", "transformer.h.0.") that lies beside
+embeddings and has as many as config.json asks for; their matrices are linears, except routers of experts, whose
+rounding would change which expert runs. What lies outside (vision towers, further prediction heads, blocks past the
+last one) stays as it is.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from quantool.errors import QuantoolError
 from quantool.io import Checkpoint, TensorInfo
+from quantool.model.experts import expert_of
+from quantool.model.views import as_linears
 
 NUMBERED = re.compile(r"^(?P<family>(?:[^.]+\.)*?)(?P<index>\d+)\.(?P<rest>.+)\.weight$")
 FIRST_NUMBER = re.compile(r"^(?P<family>(?:[^.]+\.)*?)(?P<index>\d+)\.")
 DECODER_CLASSES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)$")
+ROUTER = re.compile(r"(^|\.)(gate|router|shared_expert_gate)(\.|$)")
 EMBEDDING = re.compile(r"embed(?!_out)|wte|wpe", re.IGNORECASE)
 HEADS = ("lm_head", "embed_out")
 MOST_LAYERS = 10_000
-TRANSPOSED = frozenset({"gpt2", "openai-gpt"})  # Conv1D stores [in_features, out_features]
+# Siblings that vLLM loads as one linear (`packed_modules_mapping` of its models), which has one scheme.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("q_a_proj", "kv_a_proj_with_mqa"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
 @dataclass(frozen=True, slots=True)
 class Linears:
-    """Modules whose weight [N, K] may be quantized, and the matrices that stay as they are, embeddings aside."""
+    """Modules whose weight [N, K] may be quantized, and the matrices that stay as they are, embeddings aside.
+
+    `stacks` are tensors [E, ...] of decoder blocks that hold matrices in a layout that `as_linears` does not know.
+    """
 
     candidates: dict[str, tuple[int, int]]
     others: tuple[str, ...]
+    stacks: tuple[str, ...] = ()
 
 
 def require_decoder(checkpoint: Checkpoint) -> None:
@@ -84,21 +93,17 @@ def _stored_depth(checkpoint: Checkpoint) -> int:
 def find_linears(checkpoint: Checkpoint) -> Linears:
     """The linears of a float checkpoint, in stored order; the head is among them unless it is tied.
 
-    Raises QuantoolError when there are none, or when the family stores its weights transposed.
+    Names and shapes are those of `as_linears`. Raises QuantoolError when there are none.
     """
     config = checkpoint.config
-    if config.get("model_type") in TRANSPOSED:
-        raise QuantoolError(
-            f"{checkpoint.path}: model_type '{config['model_type']}' stores its weights transposed (Conv1D)",
-            hint="quantool quantizes families whose linears are stored as [out_features, in_features]",
-        )
+    infos = as_linears(checkpoint).infos
     matrices = {
         info.name.removesuffix(".weight"): info
-        for info in checkpoint.infos.values()
+        for info in infos.values()
         if info.name.endswith(".weight") and len(info.shape) == 2
     }
-    family = _block_family(matrices)
-    depth = config.get("num_hidden_layers")
+    depth = _depth(config)
+    family = _block_family(matrices, depth)
     candidates: dict[str, tuple[int, int]] = {}
     others = []
     for name, info in matrices.items():
@@ -117,20 +122,56 @@ def find_linears(checkpoint: Checkpoint) -> Linears:
     if HEADS[0] not in candidates and HEADS[0] not in others:
         # Tied and not stored, or stored under an older name: runtimes know the module by this one.
         others.append(HEADS[0])
-    return Linears(candidates, tuple(others))
+    inside = [(info, FIRST_NUMBER.match(info.name)) for info in infos.values() if len(info.shape) == 3]
+    stacks = [info.name for info, match in inside if match and match["family"] == family and min(info.shape) > 1]
+    return Linears(candidates, tuple(others), tuple(stacks))
 
 
-def _block_family(matrices: Mapping[str, TensorInfo]) -> str | None:
+def _depth(config: Mapping[str, Any]) -> int | None:
+    """Blocks of the decoder; of a multi-modal model, those of its text model."""
+    text = config.get("text_config")
+    depths = [part.get("num_hidden_layers") for part in (config, text) if isinstance(part, Mapping)]
+    return next((depth for depth in depths if isinstance(depth, int)), None)
+
+
+def _block_family(matrices: Mapping[str, TensorInfo], depth: int | None) -> str | None:
+    """The numbered family that is the decoder: beside embeddings rather than not, deep enough, and the largest."""
     sizes: dict[str, int] = {}
+    indices: dict[str, set[str]] = {}
     for info in matrices.values():
         if match := NUMBERED.match(info.name):
             sizes[match["family"]] = sizes.get(match["family"], 0) + info.shape[0] * info.shape[1]
-    return max(sizes, key=lambda family: sizes[family]) if sizes else None
+            indices.setdefault(match["family"], set()).add(match["index"])
+    beside = {name.rpartition(".")[0] for name in matrices if EMBEDDING.search(name)}
+
+    def rank(family: str) -> tuple[bool, bool, int]:
+        owner = family.rstrip(".").rpartition(".")[0]
+        return owner in beside, len(indices[family]) >= (depth or 0), sizes[family]
+
+    return max(sizes, key=rank, default=None)
 
 
-def _beyond(index: str, depth: Any) -> bool:
+def _beyond(index: str, depth: int | None) -> bool:
     """Numbered past the network's last block: an extra prediction head stored as one more layer."""
-    return isinstance(depth, int) and int(index) >= depth
+    return depth is not None and int(index) >= depth
+
+
+def fused_sets(names: Iterable[str]) -> list[tuple[str, ...]]:
+    """The linears among `names` that runtimes fuse into one, and so need one scheme for; sets of at least two.
+
+    q, k and v, gate and up; and all linears of all routed experts of a block, down too: vLLM refuses a FusedMoE whose
+    projections differ ("All MoE projections need to have same quantization scheme").
+    """
+    sets: dict[tuple[str, int], list[str]] = {}
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        if expert := expert_of(name):
+            sets.setdefault((expert.rpartition(".")[0], 0), []).append(name)
+        else:
+            for i, leaves in enumerate(FUSED):
+                if leaf in leaves:
+                    sets.setdefault((owner, i), []).append(name)
+    return [tuple(found) for found in sets.values() if len(found) > 1]
 
 
 def module_kind(name: str) -> str:

@@ -2,11 +2,13 @@
 
 The decoder blocks are the longest module list whose members are of one class; embeddings and head are what
 transformers itself names as input and output embeddings. No list of class names is kept here, so any plain
-decoder of transformers works.
+decoder of transformers works. Every linear is an nn.Linear: Conv1D is replaced by one, fused experts by one per
+projection of each expert. `Network.names` says where a checkpoint, seen `as_linears`, has a tensor; where transformers
+itself renames tensors or merges experts on loading, its own table is asked.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,12 +17,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantool.errors import QuantoolError, UsageError
+from quantool.errors import QuantoolError, UsageError, one_line
 from quantool.io import FLOATS, Checkpoint, model_dtype
+from quantool.model.experts import PARTS, expert_of, separate_experts
 from quantool.model.names import HEADS, check_depth, require_decoder
+from quantool.model.views import LinearsCheckpoint, as_linears
 
 NOT_ARCHITECTURE = frozenset({"quantization_config", "auto_map"})  # auto_map names code of the checkpoint's own
-MESSAGE = 300  # characters of a library's message
+MERGED = ["MergeModulelist"], ["MergeModulelist", "Concatenate"]  # how transformers fuses experts
+INCOMPLETE = "the checkpoint is incomplete, or of a family whose tensors have other names"
+OLD_GPTQ = (
+    'put what is in quantize_config.json into config.json as "quantization_config", with "quant_method": "gptq" added'
+)
+Place = tuple[nn.Module, str]  # a module and the name of one of its parameters
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,20 +37,24 @@ class Network:
     """A transformers model whose parameters are on the meta device, and where `materialise` reads them from."""
 
     model: Any  # transformers.PreTrainedModel; that class is untyped
-    checkpoint: Checkpoint
+    checkpoint: LinearsCheckpoint
     names: Mapping[str, str]  # the model's tensor name -> the checkpoint's
     block_names: tuple[str, ...]  # "model.layers.0", ...
     dtype: torch.dtype  # of the computation: parameters are cast to it when they are read
     device: torch.device
+    tied: Mapping[str, tuple[Place, ...]]  # a parameter that is in several modules -> all its places
 
     @property
     def blocks(self) -> list[nn.Module]:
         return [self.model.get_submodule(name) for name in self.block_names]
 
     def outside(self) -> list[str]:
-        """Names of the parameters and persistent buffers that belong to no block, tied ones once."""
+        """Names of the parameters and persistent buffers that text needs beside the blocks, tied ones once."""
         inside = tuple(f"{name}." for name in self.block_names)
-        return [name for name, _ in tensors_of(self.model) if not name.startswith(inside)]
+        outside = [name for name, _ in tensors_of(self.model) if not name.startswith(inside)]
+        text = text_prefix(self.model)
+        towers = f"{self.model.base_model_prefix}."
+        return [name for name in outside if not text or name.startswith(text) or not name.startswith(towers)]
 
 
 def tensors_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
@@ -51,6 +64,14 @@ def tensors_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, torch
         for name, buffer in owner.named_buffers(recurse=False):
             if name not in owner._non_persistent_buffers_set:
                 yield f"{owner_name}.{name}" if owner_name else name, buffer
+
+
+def text_prefix(model: Any) -> str:
+    """Where the names of a multi-modal model's decoder begin, "model.language_model."; of other models "" is enough."""
+    if model.config.get_text_config() is model.config:
+        return ""
+    decoder = model.get_decoder()
+    return next(f"{name}." for name, module in model.named_modules() if module is decoder)
 
 
 def build_model(checkpoint: Checkpoint) -> Any:
@@ -70,12 +91,26 @@ def build_model(checkpoint: Checkpoint) -> Any:
     check_depth(checkpoint, getattr(config, "num_hidden_layers", None))
     try:
         with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # a config with odd values fails anywhere inside a family's code
         raise QuantoolError(
-            f"{checkpoint.path}: transformers {transformers.__version__} cannot build it: {_in_one_line(error)}",
+            f"{checkpoint.path}: transformers {transformers.__version__} cannot build it: {one_line(error)}",
             hint="check config.json, or upgrade: pip install -U transformers",
         ) from error
+    separate_experts(model)
+    _replace_conv1d(model)
+    return model
+
+
+def _replace_conv1d(model: Any) -> None:
+    """GPT-2's projections compute x W + b with W [K, N]: nn.Linear with the transposed weight does the same."""
+    from transformers.pytorch_utils import Conv1D
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Conv1D):
+            columns, rows = module.weight.shape
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Linear(columns, rows, device="meta"))
 
 
 def open_network(checkpoint: Checkpoint, *, dtype: str = "auto", device: str = "auto") -> Network:
@@ -90,12 +125,13 @@ def attach(model: Any, checkpoint: Checkpoint, *, dtype: str = "auto", device: s
     a tensor is missing or misshapen, or no list of blocks can be found.
     """
     where = resolve_device(device)
-    names = _checkpoint_names(model, checkpoint)
-    block_names = _block_names(model, checkpoint)
+    linears = as_linears(checkpoint)
+    names = _checkpoint_names(model, linears)
+    block_names = _block_names(model, linears)
     # After the shapes: an absurd size in config.json must not be allocated.
     _compute_buffers(model, where)
-    compute = resolve_dtype(dtype, where, checkpoint)
-    return Network(model.eval().requires_grad_(False), checkpoint, names, block_names, compute, where)
+    compute = resolve_dtype(dtype, where, linears)
+    return Network(model.eval().requires_grad_(False), linears, names, block_names, compute, where, _tied(model))
 
 
 def resolve_device(device: str) -> torch.device:
@@ -104,7 +140,7 @@ def resolve_device(device: str) -> torch.device:
         where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         torch.empty(0, device=where)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device '{device}' cannot be used: {_in_one_line(error)}", hint="use --device cpu") from error
+        raise UsageError(f"device '{device}' cannot be used: {one_line(error)}", hint="use --device cpu") from error
     return where
 
 
@@ -127,18 +163,12 @@ def _config(checkpoint: Checkpoint) -> Any:
     except Exception as error:  # each family checks its config in its own way
         raise QuantoolError(
             f"{checkpoint.path}: config.json of model_type '{model_type}' is not one that transformers "
-            f"{transformers.__version__} reads: {_in_one_line(error)}",
+            f"{transformers.__version__} reads: {one_line(error)}",
             hint="check config.json, or upgrade: pip install -U transformers",
         ) from error
     # Weights are cast when they are read, so the class must not pick a dtype of its own.
     config.dtype = torch.float32
     return config
-
-
-def _in_one_line(error: Exception) -> str:
-    """What a library says of a failure, in one line of at most 300 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= MESSAGE else f"{text[:MESSAGE]} ..."
 
 
 def _compute_buffers(model: Any, device: torch.device) -> None:
@@ -158,8 +188,9 @@ def _block_names(model: Any, checkpoint: Checkpoint) -> tuple[str, ...]:
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and len({type(block) for block in module}) == 1
+        if name.startswith(text_prefix(model))
     ]
-    depth = getattr(model.config, "num_hidden_layers", None)
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = [(name, module) for name, module in lists if len(module) == depth] or lists
     if not lists:
         raise QuantoolError(
@@ -170,25 +201,18 @@ def _block_names(model: Any, checkpoint: Checkpoint) -> tuple[str, ...]:
     return tuple(f"{name}.{i}" for i in range(len(blocks)))
 
 
-def _checkpoint_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
+def _checkpoint_names(model: Any, checkpoint: LinearsCheckpoint) -> dict[str, str]:
     """Module tensor name -> checkpoint tensor name, for every tensor that the network needs.
 
-    A checkpoint saved from the base model lacks its prefix ("h.0..." for "transformer.h.0..."), and of two tied
-    matrices either may be the one that is stored. Raises QuantoolError naming what is missing or misshapen.
+    Raises QuantoolError naming what is missing or misshapen.
     """
-    prefix = f"{model.base_model_prefix}."
-    head = model.get_output_embeddings()
-    names: dict[str, str] = {}
+    names = stored_names(model, (name for name, _ in tensors_of(model)), checkpoint.infos)
     for name, tensor in tensors_of(model):
-        choices = [name, name.removeprefix(prefix)]
-        owner, _, leaf = name.rpartition(".")
-        if owner in HEADS or tensor is getattr(head, "weight", None):
-            choices += [f"{other}.{leaf}" for other in HEADS]
-        found = next((choice for choice in choices if choice in checkpoint.infos), None)
+        found = names.get(name)
         if found is None:
             raise QuantoolError(
                 f"{checkpoint.path}: tensor '{name}' {list(tensor.shape)} of {type(model).__name__} is missing",
-                hint="the checkpoint is incomplete, or of a family whose tensors have other names",
+                hint=OLD_GPTQ if any(other.endswith(".qweight") for other in checkpoint.infos) else INCOMPLETE,
             )
         shape = checkpoint.infos[found].shape
         if tuple(tensor.shape) != shape:
@@ -196,8 +220,69 @@ def _checkpoint_names(model: Any, checkpoint: Checkpoint) -> dict[str, str]:
                 f"{checkpoint.path}: tensor '{found}': shape {list(shape)}, config.json expects {list(tensor.shape)}",
                 hint="config.json and the weights are of different models",
             )
-        names[name] = found
     return names
+
+
+def stored_names(model: Any, names: Iterable[str], stored: Collection[str]) -> dict[str, str]:
+    """Where a checkpoint that holds `stored` has each tensor of the network; of `names`, those that it has.
+
+    A checkpoint saved from the base model lacks its prefix ("h.0..." for "transformer.h.0..."), of two tied matrices
+    either may be the one that is stored, and some names are what transformers makes of others on loading: mixtral
+    stores "model.layers.0.block_sparse_moe.experts.3.w1.weight" for "model.layers.0.mlp.experts.3.gate_proj.weight".
+    """
+    prefix = f"{model.base_model_prefix}."
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = getattr(head, "weight", None) is embeddings.weight
+    renamed = _as_loaded(model, stored)
+    found: dict[str, str] = {}
+    for name in names:
+        choices = [name, name.removeprefix(prefix)]
+        owner, _, leaf = name.rpartition(".")
+        if owner in HEADS or (tied and leaf == "weight" and model.get_submodule(owner) is embeddings):
+            choices += [f"{other}.{leaf}" for other in HEADS]
+        places = [choice for choice in choices if choice in stored]
+        places += [renamed[choice] for choice in choices if choice in renamed]
+        if places:
+            found[name] = places[0]
+    return found
+
+
+def _as_loaded(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """What transformers would call each stored tensor on loading -> its stored name, where it changes the name.
+
+    Tensors of experts, which it would merge, get the names that they have in `Experts`.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if not hasattr(transform, "operations")]
+    merges = [
+        transform
+        for transform in transforms
+        if [type(operation).__name__ for operation in getattr(transform, "operations", ())] in MERGED
+    ]
+    found: dict[str, str] = {}
+    for name in stored:
+        new = name
+        for renaming in renamings:
+            new, _ = renaming.rename_source_key(new)
+        if expert := expert_of(new):
+            new = _of_expert(new, expert, merges)
+        if new != name:
+            found[new] = name
+    return found
+
+
+def _of_expert(name: str, expert: str, merges: list[Any]) -> str:
+    """A tensor of `expert` under its name in `Experts`, if transformers merges it: its w1 may be the gate_proj."""
+    module, _, leaf = name.rpartition(".")
+    for merge in merges:
+        target, pattern = merge.rename_source_key(f"{module}.weight")  # packed tensors of it go the same way
+        owner, _, fused = target.rpartition(".")
+        if pattern is not None and fused in PARTS and expert.rpartition(".")[0] == owner:
+            # The sources are in the order in which their rows are concatenated.
+            return f"{expert}.{PARTS[fused][merge.source_patterns.index(pattern)]}.{leaf}"
+    return name
 
 
 def materialise(network: Network, which: list[str]) -> None:
@@ -209,7 +294,7 @@ def materialise(network: Network, which: list[str]) -> None:
         if leaf in owner._parameters:
             # A copy even when the dtype is right: methods change weights in place, a mapped file must not.
             value = nn.Parameter(tensor.to(network.device, network.dtype, copy=True), requires_grad=False)
-            for module, alias in _places(network.model, owner._parameters[leaf]):
+            for module, alias in network.tied.get(name, ((owner, leaf),)):
                 module._parameters[alias] = value
         else:
             owner._buffers[leaf] = tensor.to(network.device, copy=True)
@@ -222,19 +307,22 @@ def release(network: Network, which: list[str]) -> None:
         owner_name, _, leaf = name.rpartition(".")
         owner = network.model.get_submodule(owner_name)
         if leaf in owner._parameters:
-            old = owner._parameters[leaf]
-            empty = nn.Parameter(torch.empty_like(old, device="meta"), requires_grad=False)
-            for module, alias in _places(network.model, old):
+            empty = nn.Parameter(torch.empty_like(owner._parameters[leaf], device="meta"), requires_grad=False)
+            for module, alias in network.tied.get(name, ((owner, leaf),)):
                 module._parameters[alias] = empty
         else:
             owner._buffers[leaf] = torch.empty_like(owner._buffers[leaf], device="meta")
 
 
-def _places(model: Any, parameter: torch.Tensor | None) -> list[tuple[nn.Module, str]]:
-    """Every module attribute that is this parameter: two for tied embeddings."""
-    return [
-        (module, name) for module in model.modules() for name, value in module._parameters.items() if value is parameter
-    ]
+def _tied(model: Any) -> dict[str, tuple[Place, ...]]:
+    """Parameters that several modules share, by the first of their names: embeddings and head, if tied."""
+    places: dict[int, list[Place]] = {}
+    for module in model.modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((module, leaf))
+    found = {name: tuple(places[id(parameter)]) for name, parameter in model.named_parameters()}
+    return {name: shared for name, shared in found.items() if len(shared) > 1}
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -246,7 +334,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
             return transformers.AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
         except Exception as error:  # transformers raises many classes here, none of its own
             raise QuantoolError(
-                f"{checkpoint.path}: no usable tokenizer: {_in_one_line(error)}",
+                f"{checkpoint.path}: no usable tokenizer: {one_line(error)}",
                 hint="copy tokenizer.json and tokenizer_config.json of the original model beside its config.json",
             ) from error
 

@@ -3,48 +3,87 @@
 import torch
 from torch import nn
 
-from quantool.kernels.ops import linear_w8a8, linear_wna16, packed_words
+from quantool.kernels.ops import (
+    levels,
+    linear_llm_int8,
+    linear_nf4,
+    linear_w8a8,
+    linear_wna16,
+    pack_nibbles,
+    packed_words,
+)
 from quantool.quant import QuantizedTensor, pack_bits
 from quantool.scheme import QuantScheme
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+BUFFERS = ("qweight", "scales", "zeros", "perm", "levels", "input_scale", "input_zero")
 
 
 class QuantLinear(nn.Module):
     """y = x W^T + bias with W [N, K] as packed codes.
 
-    Buffers: `qweight` int32 [N, ceil(K * bits / 32)], or int8 [N, K] when activations are 8 bits too; `scales`
-    [N, G]; `zeros` uint8 [N, G] when asymmetric; `input_scale` float32 [1] when activations are scaled statically.
+    Buffers of which a scheme has some:
+
+        qweight      int32 [N, ceil(K * bits / 32)]; int8 [N, K] when activations are 8 bits too; of nf4 and fp4
+                     uint8 [ceil(N * K / 2)]
+        scales       [N, G]; of nf4 and fp4 float32 [B]
+        zeros        uint8 [N, G] when asymmetric
+        perm         int32 [K] when groups are of scattered columns: column k of qweight is input channel perm[k]
+        levels       float32 [16] of nf4 and fp4
+        input_scale  float32 [1] when activations are scaled statically
+        input_zero   int8 [1] when they are asymmetric too
     """
 
     qweight: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None
+    perm: torch.Tensor | None
+    levels: torch.Tensor
     input_scale: torch.Tensor | None
+    input_zero: torch.Tensor | None
 
     def __init__(self, like: nn.Linear, scheme: QuantScheme, shapes: Shapes) -> None:
         super().__init__()
         self.in_features, self.out_features, self.scheme = like.in_features, like.out_features, scheme
-        for name in ("qweight", "scales", "zeros", "input_scale"):
+        for name in BUFFERS:
             buffer = torch.empty(shapes[name][0], dtype=shapes[name][1], device="meta") if name in shapes else None
             self.register_buffer(name, buffer)
         self.bias = like.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scheme = self.scheme
         y: torch.Tensor
-        if self.scheme.act_bits == 8:
-            y = linear_w8a8(x, self.qweight, self.scales, self.input_scale, self.bias)
+        if self.perm is not None:
+            x = x.index_select(-1, self.perm)
+        if scheme.flat:
+            y = linear_nf4(x, self.qweight, self.scales, self.levels, self.bias, self.out_features, scheme.group_size)
+        elif scheme.outlier_threshold is not None:
+            y = linear_llm_int8(x, self.qweight, self.scales, self.bias, scheme.outlier_threshold)
+        elif scheme.act_bits == 8:
+            y = linear_w8a8(x, self.qweight, self.scales, self.input_scale, self.input_zero, self.bias, scheme.act_sym)
         else:
-            y = linear_wna16(x, self.qweight, self.scales, self.zeros, self.bias, self.scheme.bits)
+            y = linear_wna16(x, self.qweight, self.scales, self.zeros, self.bias, scheme.bits)
         return y
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme}"
 
 
-def packed_shapes(scheme: QuantScheme, shape: tuple[int, int], scale_dtype: torch.dtype) -> Shapes:
-    """Buffer name -> (shape, dtype) of a weight [N, K] in the runtime's layout."""
+def packed_shapes(
+    scheme: QuantScheme, shape: tuple[int, int], scale_dtype: torch.dtype, *, ordered: bool = False
+) -> Shapes:
+    """Buffer name -> (shape, dtype) of a weight [N, K] in the runtime's layout.
+
+    `ordered`: groups are not of neighbouring columns.
+    """
     rows, columns = shape
+    if scheme.flat:
+        count = rows * columns
+        return {
+            "qweight": ((-(-count // 2),), torch.uint8),
+            "scales": ((-(-count // scheme.group_size),), torch.float32),
+            "levels": ((1 << scheme.bits,), torch.float32),
+        }
     groups = scheme.groups(columns)
     out: Shapes = {
         "qweight": ((rows, packed_words(columns, scheme.bits)), torch.int32),
@@ -54,15 +93,30 @@ def packed_shapes(scheme: QuantScheme, shape: tuple[int, int], scale_dtype: torc
         out["qweight"] = ((rows, columns), torch.int8)
         if not scheme.act_dynamic:
             out["input_scale"] = ((1,), torch.float32)
+            if not scheme.act_sym:
+                out["input_zero"] = ((1,), torch.int8)
     if not scheme.sym:
         out["zeros"] = ((rows, groups), torch.uint8)
+    if ordered:
+        out["perm"] = ((columns,), torch.int32)
     return out
 
 
 def runtime_tensors(q: QuantizedTensor) -> dict[str, torch.Tensor]:
     """The buffers of a QuantLinear from codes."""
-    qweight = pack_bits(q.codes, q.scheme.bits)
+    if q.scheme.flat:
+        return {"qweight": pack_nibbles(q.codes), "scales": q.scales, "levels": levels(q.scheme.dtype)}
+    perm = None if q.g_idx is None else q.g_idx.argsort(stable=True)
+    codes = q.codes if perm is None else q.codes[:, perm]
+    qweight = pack_bits(codes, q.scheme.bits)
     if q.scheme.act_bits == 8:
-        qweight = (q.codes.to(torch.int16) - q.scheme.zero).to(torch.int8)
-    tensors = {"qweight": qweight, "scales": q.scales, "zeros": q.zeros, "input_scale": q.input_scale}
+        qweight = (codes.to(torch.int16) - q.scheme.zero).to(torch.int8)
+    tensors = {
+        "qweight": qweight,
+        "scales": q.scales,
+        "zeros": q.zeros,
+        "perm": None if perm is None else perm.to(torch.int32),
+        "input_scale": q.input_scale,
+        "input_zero": q.input_zero,
+    }
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}

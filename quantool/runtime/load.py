@@ -4,7 +4,8 @@ A quantized artifact is given the look of a checkpoint whose tensors are the buf
 same block stream and the same names serve float models, GGUF files and every quantized format.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ from quantool.errors import QuantoolError
 from quantool.formats import Format, detect
 from quantool.io import Checkpoint, TensorInfo, open_checkpoint
 from quantool.io.safetensors import DTYPES, dtype_name
-from quantool.model.names import HEADS
-from quantool.model.skeleton import Network, attach, build_model, materialise, tensors_of
-from quantool.quant import QuantizedTensor
+from quantool.kernels.ops import dequantize_levels, levels, pack_nibbles
+from quantool.model.skeleton import Network, attach, build_model, materialise, stored_names, tensors_of
+from quantool.quant import QuantizedTensor, dequantize_affine
 from quantool.runtime.linear import QuantLinear, packed_shapes, runtime_tensors
 
-SCALES = ("weight_scale", "scales")
+SCALES = ("weight_scale", "scales", "SCB")
 
 
 def open_model(model: str | Path, *, dtype: str = "auto", device: str = "auto") -> Network:
@@ -29,8 +30,16 @@ def open_model(model: str | Path, *, dtype: str = "auto", device: str = "auto") 
     Raises QuantoolError when it cannot be read, or is no decoder that transformers builds.
     """
     checkpoint = open_checkpoint(model)
+    format_ = detect(checkpoint.config)
+    packed_name = next((name for name in checkpoint.infos if name.endswith(".qweight")), None)
+    if format_ is None and packed_name is not None:
+        raise QuantoolError(
+            f"{checkpoint.path}: '{packed_name}' is a packed weight, but config.json has no quantization_config",
+            hint='put what quantize_config.json holds into config.json as "quantization_config", '
+            'with "quant_method": "gptq"',
+        )
     built = build_model(checkpoint)
-    if (format_ := detect(checkpoint.config)) is not None:
+    if format_ is not None:
         checkpoint = packed = PackedCheckpoint(checkpoint, format_)
         _replace_linears(built, packed)
     return attach(built, checkpoint, dtype=dtype, device=device)
@@ -47,30 +56,44 @@ def load(path: str | Path, *, dtype: str = "auto", device: str = "auto") -> Any:
 
 
 def _replace_linears(model: Any, packed: "PackedCheckpoint") -> None:
-    prefix = f"{model.base_model_prefix}."
-    missing = set(packed.schemes)
-    for name, module in list(model.named_modules()):
-        spellings = (name, name.removeprefix(prefix), *(HEADS if name in HEADS else ()))
-        stored = next((n for n in spellings if n in packed.schemes), None)
-        if stored is None:
-            continue
+    weights = [f"{name}.weight" for name, module in model.named_modules() if hasattr(module, "weight")]
+    found = stored_names(model, weights, {f"{module}.weight" for module in packed.schemes})
+    for weight, stored_weight in found.items():
+        name, stored = weight.removesuffix(".weight"), stored_weight.removesuffix(".weight")
+        module = model.get_submodule(name)
         if not isinstance(module, nn.Linear):
             raise QuantoolError(f"{packed.path}: '{stored}' is quantized, but {type(module).__name__} is no linear")
-        scheme = packed.schemes[stored]
-        if not scheme.divides(module.in_features):
-            raise QuantoolError(
-                f"{packed.path}: '{stored}' has rows of {module.in_features}, which groups of {scheme.group_size} "
-                "do not divide"
-            )
-        shapes = packed_shapes(scheme, (module.out_features, module.in_features), packed.scale_dtype(stored))
+        shape = module.out_features, module.in_features
+        _check_module(packed, stored, shape)
+        scheme, ordered = packed.schemes[stored], packed.ordered(stored)
+        shapes = packed_shapes(scheme, shape, packed.scale_dtype(stored), ordered=ordered)
         packed.place(stored, shapes)
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, QuantLinear(module, scheme, shapes))
-        missing.discard(stored)
+    missing = set(packed.schemes) - {stored.removesuffix(".weight") for stored in found.values()}
     if missing:
         raise QuantoolError(
             f"{packed.path}: {len(missing)} quantized modules are not in {type(model).__name__}, "
             f"the first is '{min(missing)}'"
+        )
+
+
+def _check_module(packed: "PackedCheckpoint", stored: str, shape: tuple[int, int]) -> None:
+    """Raise QuantoolError when a module has another shape than config.json gives it, or cannot be computed."""
+    scheme, found = packed.schemes[stored], packed.weight_shape(stored)
+    if found != shape:
+        raise QuantoolError(
+            f"{packed.path}: '{stored}' holds a weight {list(found)}, config.json expects {list(shape)}",
+            hint="config.json and the weights are of different models",
+        )
+    if not scheme.divides(shape[1]):
+        raise QuantoolError(
+            f"{packed.path}: '{stored}' has rows of {shape[1]}, which groups of {scheme.group_size} do not divide"
+        )
+    if scheme.act_bits == 8 and not scheme.sym:
+        raise QuantoolError(
+            f"{packed.path}: '{stored}' has asymmetric weights and {scheme.act_bits}-bit activations, "
+            "which cannot be computed"
         )
 
 
@@ -84,6 +107,7 @@ class PackedCheckpoint:
         self._last: tuple[str, dict[str, torch.Tensor]] = ("", {})
         packed = {name for module in self.schemes for name in self.packed_names(module)}
         self._infos = {name: info for name, info in checkpoint.infos.items() if name not in packed}
+        self._placed: dict[str, str] = {}  # "X.qweight" -> "X"
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:
@@ -91,32 +115,58 @@ class PackedCheckpoint:
 
     def quantized(self, module: str) -> QuantizedTensor:
         """Codes and scales of a quantized module."""
-        try:
+        with self._named(module):
             return self._format.unpack(self._stored_tensors(module), self.schemes[module])
-        except QuantoolError as error:  # a format knows the suffix only
-            raise QuantoolError(f"{self.path}: module '{module}': {error.message}", hint=error.hint) from error
+
+    def dequantized(self, module: str) -> torch.Tensor:
+        """The float32 [N, K] that a runtime sees in place of a quantized module's weight."""
+        q = self.quantized(module)
+        if not q.scheme.flat:
+            return dequantize_affine(q)
+        shape = q.codes.shape[0], q.codes.shape[1]
+        return dequantize_levels(pack_nibbles(q.codes), q.scales, levels(q.scheme.dtype), shape, q.scheme.group_size)
 
     def weight_shape(self, module: str) -> tuple[int, int]:
         """[N, K] of a quantized module."""
-        return self._format.weight_shape(self._stored_tensors(module))
+        with self._named(module):
+            return self._format.weight_shape(self._stored_tensors(module))
+
+    @contextmanager
+    def _named(self, module: str) -> Iterator[None]:
+        """Complete the message of a format, which knows the suffix only."""
+        try:
+            yield
+        except QuantoolError as error:
+            raise QuantoolError(f"{self.path}: module '{module}': {error.message}", hint=error.hint) from error
 
     def packed_bytes(self, module: str) -> int:
         """What the packed tensors of a module take."""
         return sum(self._stored.infos[name].nbytes for name in self.packed_names(module))
 
     def _stored_tensors(self, module: str) -> dict[str, torch.Tensor]:
-        return {name.rpartition(".")[2]: self._stored.read(name) for name in self.packed_names(module)}
+        names = self.packed_names(module)
+        return {name.removeprefix(f"{module}."): self._stored.read(name) for name in names}
 
     def scale_dtype(self, module: str) -> torch.dtype:
         """What the scales of a module are stored in."""
-        scale = next(name for name in self.packed_names(module) if name.rpartition(".")[2] in SCALES)
-        return DTYPES[self._stored.infos[scale].dtype]
+        names = (name for name in self.packed_names(module) if name.rpartition(".")[2] in SCALES)
+        scale = next(names, None)
+        return torch.float32 if scale is None else DTYPES[self._stored.infos[scale].dtype]
+
+    def ordered(self, module: str) -> bool:
+        """Whether the columns of a group lie apart, as GPTQ's act-order leaves them."""
+        name = next((name for name in self.packed_names(module) if name.endswith("g_idx")), None)
+        if name is None:
+            return False
+        g_idx = self._stored.read(name).view(-1)
+        return bool((g_idx[1:] < g_idx[:-1]).any())
 
     def place(self, module: str, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
         """Present the packed tensors of `module` as buffers of these shapes."""
         for leaf, (shape, dtype) in shapes.items():
             name = f"{module}.{leaf}"
             self._infos[name] = TensorInfo(name, shape, dtype_name(dtype), 0, self._stored.path)
+            self._placed[name] = module
 
     def packed_names(self, module: str) -> list[str]:
         """The stored tensors of a quantized module."""
@@ -124,13 +174,13 @@ class PackedCheckpoint:
         return [name for name in names if name in self._stored.infos]
 
     def read(self, name: str) -> torch.Tensor:
-        module, _, leaf = name.rpartition(".")
-        if module not in self.schemes or (name in self._stored.infos and leaf not in self._format.SUFFIXES):
+        module = self._placed.get(name)
+        if module is None:
             return self._stored.read(name)
-        # A linear is asked for its two to four buffers in a row: unpack once.
+        # A linear is asked for its two to five buffers in a row: unpack once.
         if self._last[0] != module:
             self._last = (module, runtime_tensors(self.quantized(module)))
-        return self._last[1][leaf]
+        return self._last[1][name.rpartition(".")[2]]
 
     def drop(self, name: str) -> None:
         if name in self._stored.infos:

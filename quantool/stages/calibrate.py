@@ -1,8 +1,9 @@
 """Run a model on sample text and record what reaches each linear.
 
 The file holds `input_ids` int32 [num_samples, seq_len] and per linear X: `X.act_amax` and `X.act_mean_sq` float32
-[K] over all tokens (the square root of the latter is AWQ's magnitude, the latter itself an importance matrix), and
-`X.tokens` int64 [1]. Metadata: what was run on which text. Works block by block.
+[K] over all tokens that reached it (the square root of the latter is AWQ's magnitude, the latter itself an importance
+matrix), and `X.tokens` int64 [1], how many these were. A linear of an expert that no token was routed to has tokens 0
+and zeros. Metadata: what was run on which text. Works block by block.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from quantool.io import Checkpoint
 from quantool.io.safetensors import MappedFile
 from quantool.io.writer import check_output_file, file_bytes, write_file
 from quantool.model.blocks import embed, is_linear, stream_blocks
+from quantool.model.experts import expert_of
 from quantool.model.skeleton import Network, load_tokenizer
 from quantool.runtime import open_model
 from quantool.stages.resources import Stopwatch, peak_memory_bytes
@@ -28,7 +30,11 @@ from quantool.stages.resources import Stopwatch, peak_memory_bytes
 
 @dataclass(frozen=True, slots=True)
 class CalibrateResult:
-    """What was recorded; `linears` is how many modules have statistics."""
+    """What was recorded; `linears` is how many modules have statistics.
+
+    Experts see only the tokens routed to them: `starved_experts` counts those that saw fewer than one window has, and
+    `least_expert` saw the fewest, `least_tokens`. None without experts, and in a dry run.
+    """
 
     output: str
     linears: int
@@ -40,6 +46,9 @@ class CalibrateResult:
     bytes: int
     seconds: float
     peak_memory_bytes: int
+    starved_experts: int = 0
+    least_expert: str | None = None
+    least_tokens: int | None = None
 
 
 @torch.inference_mode()
@@ -65,12 +74,15 @@ def run(
     windows = sample_windows(network, text)
     tensors: dict[str, torch.Tensor] = {"input_ids": windows.to(torch.int32)}
     metadata = _metadata(network.checkpoint, text, windows)
+    routed: dict[str, int] = {}
     if dry_run:
         tensors |= _planned(network)
         size = file_bytes(tensors, metadata)
     else:
         tensors |= record(network, windows, batch_size, progress)
+        routed = _tokens_of_experts(tensors)
         size = write_file(output, tensors, metadata, overwrite=overwrite)
+    least = min(routed, key=lambda name: routed[name], default=None)
     return CalibrateResult(
         output=str(output),
         linears=sum(name.endswith(".tokens") for name in tensors),
@@ -82,7 +94,19 @@ def run(
         bytes=size,
         seconds=watch.seconds,
         peak_memory_bytes=peak_memory_bytes(),
+        starved_experts=sum(tokens < windows.shape[1] for tokens in routed.values()),
+        least_expert=least,
+        least_tokens=None if least is None else routed[least],
     )
+
+
+def _tokens_of_experts(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Expert -> the fewest tokens that one of its linears saw."""
+    found: dict[str, int] = {}
+    for name, tokens in tensors.items():
+        if name.endswith(".tokens") and (expert := expert_of(name)):
+            found[expert] = min(int(tokens), found.get(expert, int(tokens)))
+    return found
 
 
 def _planned(network: Network) -> dict[str, torch.Tensor]:
@@ -91,10 +115,7 @@ def _planned(network: Network) -> dict[str, torch.Tensor]:
     for block, module in zip(network.block_names, network.blocks, strict=True):
         for name, linear in module.named_modules(prefix=block):
             if is_linear(linear):
-                stored = _stored_name(network, name)
-                for statistic in ("act_amax", "act_mean_sq"):
-                    tensors[f"{stored}.{statistic}"] = torch.empty(linear.in_features, device="meta")
-                tensors[f"{stored}.tokens"] = torch.empty(1, dtype=torch.int64, device="meta")
+                tensors |= _nothing_seen(_stored_name(network, name), linear.in_features, "meta")
     return tensors
 
 
@@ -112,25 +133,36 @@ def record(network: Network, windows: torch.Tensor, batch_size: int, progress: P
     states = embed(network, windows, batch_size=batch_size)
     for block in stream_blocks(network, states):
         for name, linear in block.linears.items():
+            stored = _stored_name(network, name)
+            tensors.update(_nothing_seen(stored, linear.in_features))
             # Stays registered: the block runs when the stream resumes, once, and is released.
-            linear.register_forward_pre_hook(_recorder(tensors, _stored_name(network, name)))
+            linear.register_forward_pre_hook(recorder(tensors, stored))
         progress(block.index + 1, total, "calibrating")
     _require_finite(tensors)
     return tensors
 
 
-def _recorder(tensors: dict[str, torch.Tensor], name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+def _nothing_seen(name: str, channels: int, device: str = "cpu") -> dict[str, torch.Tensor]:
+    """The statistics of a linear that no token has reached."""
+    return {
+        f"{name}.act_amax": torch.zeros(channels, device=device),
+        f"{name}.act_mean_sq": torch.zeros(channels, device=device),
+        f"{name}.tokens": torch.zeros(1, dtype=torch.int64, device=device),
+    }
+
+
+def recorder(tensors: dict[str, torch.Tensor], name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
     """A hook that adds a batch of inputs [..., K] to the statistics of linear `name`."""
 
     def add(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         x = args[0].reshape(-1, args[0].shape[-1]).float()
-        amax, mean_sq, count = x.abs().amax(0).cpu(), x.square().mean(0).cpu(), torch.tensor([x.shape[0]])
-        if f"{name}.tokens" in tensors:
-            seen = tensors[f"{name}.tokens"]
-            share = (count / (count + seen)).to(torch.float32)
-            amax = torch.maximum(amax, tensors[f"{name}.act_amax"])
-            mean_sq = mean_sq * share + tensors[f"{name}.act_mean_sq"] * (1 - share)
-            count = count + seen
+        if x.shape[0] == 0:  # no token of this batch was routed here
+            return
+        seen = tensors[f"{name}.tokens"]
+        count = seen + x.shape[0]
+        share = (x.shape[0] / count).to(torch.float32)
+        mean_sq = x.square().mean(0).cpu() * share + tensors[f"{name}.act_mean_sq"] * (1 - share)
+        amax = torch.maximum(x.abs().amax(0).cpu(), tensors[f"{name}.act_amax"])
         tensors.update({f"{name}.act_amax": amax, f"{name}.act_mean_sq": mean_sq, f"{name}.tokens": count})
 
     return add

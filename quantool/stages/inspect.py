@@ -2,6 +2,15 @@
 
 Only headers are read unless `stats`, `against` or `verify` asks for values. A parameter is a weight of the model:
 packed codes count as the weights they stand for, scales and zero points as bytes but not as parameters.
+
+`stats` of a calibration file shows why INT8 activations break: one scale has to serve all K channels of a token, and
+a few channels are far larger than the rest. Per linear, over the tokens x that reached it:
+
+    outlier_share = sum of mean x[k]^2 over the n largest channels / sum over all    n = K / 100, at least 1
+    max_to_median = max over k of amax[k] / median over k of amax[k],                 amax[k] = max over tokens |x[k]|
+
+Channels alike have a share of 0.01 and a ratio of a little above 1. With a ratio r half of the channels use at most
+127 / r of the 127 steps of INT8 (Xiao et al. 2023, SmoothQuant, section 3).
 """
 
 import math
@@ -20,10 +29,13 @@ from quantool.formats import detect
 from quantool.io import Checkpoint, TensorInfo, open_checkpoint
 from quantool.io.safetensors import MappedFile
 from quantool.model.names import module_kind
-from quantool.quant import dequantize_affine
+from quantool.model.views import as_linears
 from quantool.runtime import PackedCheckpoint
 
 PIECE = 1 << 24  # values compared at a time
+# Where a "quantization_config" says which of a format's layouts it is: compressed-tensors, awq, gptq, auto-round.
+VARIANTS = ("format", "checkpoint_format", "packing_format", "version")
+STATISTICS = ("act_amax", "act_mean_sq")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +54,37 @@ class TensorRow:
 
 
 @dataclass(frozen=True, slots=True)
+class ActivationRow:
+    """What reached one linear: see the top of the module. None where no token did."""
+
+    name: str
+    channels: int
+    tokens: int
+    amax: float | None
+    outlier_share: float | None
+    max_to_median: float | None
+
+
+@dataclass(frozen=True, slots=True)
 class InspectResult:
-    """`bits_per_weight` is over the whole artifact; `schemes` counts modules per scheme."""
+    """`bits_per_weight` is over the whole artifact, None for what is no model; `schemes` counts modules per scheme.
+
+    `linears` is how many linears a calibration file has statistics of, and `activations` these, the largest
+    `max_to_median` first.
+    """
 
     artifact: str
     format: str
     parameters: int
     bytes: int
-    bits_per_weight: float
+    bits_per_weight: float | None
     by_dtype: dict[str, dict[str, float]]
     by_kind: dict[str, dict[str, float]]
     schemes: dict[str, int]
     metadata: dict[str, str]
     tensors: list[TensorRow] = field(default_factory=list)
+    linears: int | None = None
+    activations: list[ActivationRow] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +107,7 @@ class _Artifact:
         """The tensor `name`, dequantized where it is "X.weight" of a quantized module X."""
         module = name.removesuffix(".weight")
         if self.packed is not None and module in self.packed.schemes:
-            return dequantize_affine(self.packed.quantized(module))
+            return self.packed.dequantized(module)
         return self.stored.read(name)
 
 
@@ -96,12 +126,15 @@ def run(
 
     Raises QuantoolError when it cannot be opened, CheckFailed when `verify` finds a value that is not finite.
     """
-    opened = _open(artifact)
+    opened = _open(artifact, linears=against is not None)
     rows = list(_rows(opened))
     kept = [row for row in rows if filter is None or re.search(filter, row.name)]
+    linears = _recorded(opened) if opened.format == "calibration" else None
+    # The statistics of a calibration file are what it says of its linears; its own tensors only when asked for.
+    listed = tensors or against or (linears is None and stats) or (filter and not (linears and stats))
     if against is not None:
-        kept = _with_errors(opened, _open(against), kept, progress)
-    if stats:
+        kept = _with_errors(opened, _open(against, linears=True), kept, progress)
+    if stats and listed:
         kept = [_with_stats(row, opened.values(row.name)) for row in kept]
     if verify:
         _verify(opened, rows, progress)
@@ -112,22 +145,26 @@ def run(
         format=opened.format,
         parameters=parameters,
         bytes=size,
-        bits_per_weight=size * 8 / parameters if parameters else math.nan,
+        bits_per_weight=size * 8 / parameters if parameters else None,
         by_dtype=_by_dtype(opened.infos),
         by_kind=_by_kind(rows),
         schemes=dict(Counter(map(str, opened.packed.schemes.values()))) if opened.packed else {},
         metadata=opened.metadata,
-        tensors=kept if tensors or filter or stats or against else [],
+        tensors=kept if listed else [],
+        linears=None if linears is None else len(linears),
+        activations=_activations(opened, linears, filter) if linears and stats else [],
     )
 
 
-def _open(artifact: str) -> _Artifact:
+def _open(artifact: str, *, linears: bool = False) -> _Artifact:
+    """With `linears` every linear is a matrix [N, K] of its own, as it is in a quantized artifact."""
     path = Path(artifact).expanduser()
     if path.suffix == ".safetensors" and path.is_file():
         file = MappedFile(path)
         kind = "calibration" if "input_ids" in file.infos else "safetensors"
         return _Artifact(path, kind, file.infos, file, None, dict(file.metadata))
-    checkpoint = open_checkpoint(artifact)
+    checkpoint: Checkpoint = open_checkpoint(artifact)
+    checkpoint = as_linears(checkpoint) if linears else checkpoint
     config = checkpoint.config
     format_ = detect(config)
     metadata = {key: str(value) for key, value in checkpoint.metadata.items()}
@@ -136,7 +173,8 @@ def _open(artifact: str) -> _Artifact:
         kind = "gguf" if checkpoint.path.suffix == ".gguf" else "safetensors"
         return _Artifact(checkpoint.path, kind, checkpoint.infos, checkpoint, None, metadata)
     section = config["quantization_config"]
-    kind = " ".join(str(word) for word in (format_.NAME, section.get("format") or section.get("version")) if word)
+    words = [section[key] for key in VARIANTS if isinstance(section.get(key), str) and section[key] != format_.NAME]
+    kind = " ".join((format_.NAME, *words[:1]))
     packed = PackedCheckpoint(checkpoint, format_)
     return _Artifact(checkpoint.path, kind, checkpoint.infos, checkpoint, packed, metadata)
 
@@ -199,6 +237,45 @@ def _with_stats(row: TensorRow, values: torch.Tensor) -> TensorRow:
         return row
     wide = values.float()
     return replace(row, min=float(wide.min()), max=float(wide.max()), mean=float(wide.mean(dtype=torch.float64)))
+
+
+def _recorded(opened: _Artifact) -> list[str]:
+    """The linears of a calibration file; QuantoolError where the statistics of one are not what `calibrate` writes."""
+    linears = [name.removesuffix(".tokens") for name in opened.infos if name.endswith(".tokens")]
+    for linear in linears:
+        stored = [opened.infos.get(f"{linear}.{word}") for word in (*STATISTICS, "tokens")]
+        found = [(info.dtype, info.shape) if info else None for info in stored]
+        channels = stored[0].shape if stored[0] else ()
+        if len(channels) != 1 or 0 in channels or found != [("F32", channels), ("F32", channels), ("I64", (1,))]:
+            raise QuantoolError(
+                f"{opened.path}: statistics of '{linear}': expected act_amax and act_mean_sq F32 [K] and tokens I64 "
+                f"[1], found {', '.join(f'{info.dtype} {list(info.shape)}' if info else 'none' for info in stored)}",
+                hint="make the file again: quantool calibrate MODEL",
+            )
+    return linears
+
+
+def _activations(opened: _Artifact, linears: list[str], pattern: str | None) -> list[ActivationRow]:
+    rows = [_activation_row(opened, name) for name in linears if pattern is None or re.search(pattern, name)]
+    return sorted(rows, key=lambda row: -1 if row.max_to_median is None else row.max_to_median, reverse=True)
+
+
+def _activation_row(opened: _Artifact, linear: str) -> ActivationRow:
+    amax, energy = (opened.stored.read(f"{linear}.{statistic}").double() for statistic in STATISTICS)
+    tokens, channels = int(opened.stored.read(f"{linear}.tokens")), amax.numel()
+    largest, total = float(amax.max()), float(energy.sum())
+    if tokens == 0 or total == 0:
+        return ActivationRow(linear, channels, tokens, None if tokens == 0 else largest, None, None)
+    top, middle = energy.topk(max(1, channels // 100)).values, slice((channels - 1) // 2, channels // 2 + 1)
+    median = float(amax.sort().values[middle].mean())  # torch.quantile has a limit of 16 million
+    return ActivationRow(
+        name=linear,
+        channels=channels,
+        tokens=tokens,
+        amax=largest,
+        outlier_share=float(top.sum()) / total,
+        max_to_median=largest / median if median else math.inf,
+    )
 
 
 def _verify(opened: _Artifact, rows: list[TensorRow], progress: Progress) -> None:

@@ -5,7 +5,6 @@ that needs activations replays the calibration tokens block by block through the
 are written into planned places as they come, under a temporary name that is renamed when all are there.
 """
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,43 +13,26 @@ from typing import Any
 import torch
 
 from quantool.data import Progress, TextOptions, no_progress
-from quantool.errors import UsageError
-from quantool.formats import FORMATS
+from quantool.errors import QuantoolError
+from quantool.formats import FORMATS, detect
 from quantool.io import Checkpoint, open_checkpoint
-from quantool.io.safetensors import DTYPES
-from quantool.io.writer import CheckpointWriter, check_output_directory, planned_bytes
-from quantool.methods import BLOCK_METHODS, WEIGHT_METHODS
+from quantool.io.safetensors import DTYPES, MappedFile
+from quantool.io.writer import CheckpointWriter, planned_bytes
+from quantool.methods import BLOCK_METHODS, WEIGHT_METHODS, WeightMethod, quantize_block, starved_error
 from quantool.model.blocks import Block, embed, stream_blocks
+from quantool.model.experts import expert_of
 from quantool.model.names import require_decoder
 from quantool.model.skeleton import Network, open_network, tensors_of
+from quantool.model.views import LinearsCheckpoint, as_linears
 from quantool.quant import QuantizedTensor, dequantize_affine, require_finite
-from quantool.recipe import Recipe
-from quantool.stages.calibrate import made_of_another, read_windows, sample_windows
-from quantool.stages.plan import Plan, PlanRow, make_plan
+from quantool.recipe import INTEGER_METHODS, Recipe
+from quantool.scheme import MethodOptions, QuantScheme
+from quantool.stages import repack
+from quantool.stages.calibrate import _tokens_of_experts, made_of_another, read_windows, sample_windows
+from quantool.stages.plan import Plan, PlanRow, QuantizeResult, check_output, describe, make_plan, needs_g_idx
 from quantool.stages.resources import Stopwatch, peak_memory_bytes
 
 __all__ = ["PlanRow", "QuantizeResult", "run"]
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizeResult:
-    """Every source tensor is counted once: quantized, copied, folded (changed by a scale) or dropped."""
-
-    output: str
-    method: str
-    format: str
-    scheme: str
-    group_size: int
-    bytes: int
-    bits_per_weight: float
-    quantized: int
-    copied: int
-    folded: int
-    dropped: int
-    seconds: float
-    peak_memory_bytes: int
-    plan: list[PlanRow] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 @torch.inference_mode()
@@ -67,27 +49,42 @@ def run(
     device: str = "auto",
     dry_run: bool = False,
     overwrite: bool = False,
+    repack_to: str | None = None,
     progress: Progress = no_progress,
 ) -> QuantizeResult:
     """Quantize MODEL by `recipe` into the directory `output`; with `dry_run` only plan.
 
-    `calibration` is a file of `calibrate`, whose token ids are replayed; without one `text` is sampled.
+    `calibration` is a file of `calibrate`, whose token ids are replayed; without one `text` is sampled. A MODEL that is
+    quantized already is written in the format `repack_to`, code for code, and refused without one.
     Raises UsageError for what the recipe asks and cannot be, QuantoolError for inputs that cannot be used.
     """
     watch = Stopwatch()
-    checkpoint = open_checkpoint(model)
-    require_decoder(checkpoint)
+    opened = open_checkpoint(model)
+    require_decoder(opened)
+    if detect(opened.config) is not None:
+        format_name = _repack_format(opened, repack_to)
+        return repack.run(
+            opened,
+            output or Path(f"{_stem(model)}-{format_name}"),
+            format_name,
+            max_shard_size=max_shard_size,
+            dry_run=dry_run,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    checkpoint = as_linears(opened)
     plan = make_plan(checkpoint, recipe)
     target = output or _default_output(model, recipe, plan.group_size)
     if not dry_run:
-        _check_output(checkpoint, target, overwrite)
+        check_output(checkpoint, target, overwrite)
     config = _artifact_config(checkpoint, recipe, plan)
     network = windows = None
-    if recipe.method in BLOCK_METHODS:
+    if any(method not in WEIGHT_METHODS for method in plan.methods.values()):
         network = open_network(checkpoint, dtype=dtype, device=device)
         windows = read_windows(calibration, network) if calibration else sample_windows(network, text)
-    notes = [*plan.notes, *(made_of_another(calibration, checkpoint) if calibration else ())]
-    folded = 0
+    notes, folded = list(plan.notes), 0
+    if calibration and windows is not None:
+        notes += _check_recorded(calibration, checkpoint, plan, recipe.options, window=windows.shape[1])
     size = planned_bytes(plan.tensors, max_shard_size)
     if not dry_run:
         with CheckpointWriter(
@@ -100,13 +97,13 @@ def run(
                 _quantize_weights(job)
             else:
                 folded = _quantize_blocks(job, network, windows, batch_size)
-                notes += _unscaled(plan, network)
+                notes += [*job.notes, *_unscaled(plan, network)]
             writer.commit()
     return QuantizeResult(
         output=str(target),
         method=recipe.method,
         format=recipe.format,
-        scheme=_describe(plan),
+        scheme=describe(plan.schemes),
         group_size=plan.group_size,
         bytes=size,
         bits_per_weight=size * 8 / plan.parameters,
@@ -125,11 +122,12 @@ def run(
 class _Job:
     """What both paths need."""
 
-    checkpoint: Checkpoint
+    checkpoint: LinearsCheckpoint
     recipe: Recipe
     plan: Plan
     writer: CheckpointWriter
     progress: Progress
+    notes: list[str] = field(default_factory=list)
 
     def round_scales(self, scales: torch.Tensor) -> torch.Tensor:
         return FORMATS[self.recipe.format].round_scales(scales, self.plan.model_dtype)
@@ -138,31 +136,65 @@ class _Job:
         for suffix, tensor in FORMATS[self.recipe.format].pack(q).items():
             self.writer.write(f"{module}.{suffix}", tensor)
 
+    def is_quantized(self, name: str) -> bool:
+        """Whether a tensor of the checkpoint, as linears, is a weight to quantize."""
+        return name.endswith(".weight") and name.removesuffix(".weight") in self.plan.schemes
+
     def copy(self, name: str) -> None:
-        """Write a source tensor as it is; of a GGUF block type, in the model's dtype."""
-        info = self.checkpoint.infos[name]
-        tensor = self.checkpoint.read(name)
+        """Write a stored tensor as it is; of a GGUF block type, in the model's dtype."""
+        tensor = self.checkpoint.stored.read(name)
         if tensor.is_floating_point():
             require_finite(name, tensor)
-        self.writer.write(name, tensor if info.dtype in DTYPES else tensor.to(self.plan.model_dtype))
-        self.checkpoint.drop(name)
+        self.write_stored(name, tensor)
+        self.checkpoint.stored.drop(name)
+
+    def write_stored(self, name: str, tensor: torch.Tensor) -> None:
+        """Write a tensor under its stored name, in the dtype that was planned for it."""
+        dtype = DTYPES.get(self.checkpoint.stored.infos[name].dtype)
+        self.writer.write(name, tensor.to(dtype or self.plan.model_dtype).cpu())
+
+
+def _check_recorded(
+    calibration: Path, checkpoint: Checkpoint, plan: Plan, options: MethodOptions, *, window: int
+) -> list[str]:
+    """Refuse, before any work, experts that saw too few tokens when the file was recorded; returns notes."""
+    notes = made_of_another(calibration, checkpoint)
+    if notes or options.starved_experts != "error":
+        return notes
+    file = MappedFile(calibration)
+    seen = _tokens_of_experts({name: file.read(name) for name in file.infos if name.endswith(".tokens")})
+    wanted = {expert_of(name) for name, method in plan.methods.items() if BLOCK_METHODS[method].round is not None}
+    least = options.least_tokens(window)
+    starved = {expert: tokens for expert, tokens in seen.items() if expert in wanted and tokens < least}
+    if starved:
+        raise starved_error(str(calibration), starved, least)
+    return []
 
 
 def _quantize_weights(job: _Job) -> None:
     """Tensor by tensor, in stored order."""
-    quantize_weight = WEIGHT_METHODS[job.recipe.method]
-    names = list(job.checkpoint.infos)
-    for i, name in enumerate(names):
-        module = name.removesuffix(".weight")
-        if name.endswith(".weight") and module in job.plan.schemes:
-            weight = job.checkpoint.read(name)
-            require_finite(name, weight)
-            scheme = job.plan.schemes[module]
-            job.write_packed(module, quantize_weight(weight, scheme, job.round_scales, mse=job.recipe.mse))
-            job.checkpoint.drop(name)
+    total = len(job.checkpoint.parts)
+    for i, (name, parts) in enumerate(job.checkpoint.parts.items()):
+        if job.is_quantized(parts[0]):
+            for part in parts:
+                _quantize_weight(job, part, WEIGHT_METHODS[job.recipe.method], job.recipe.options)
         else:
             job.copy(name)
-        job.progress(i + 1, len(names), "quantizing")
+        job.progress(i + 1, total, "quantizing")
+
+
+def _quantize_weight(job: _Job, name: str, method: WeightMethod, options: MethodOptions) -> None:
+    module = name.removesuffix(".weight")
+    weight = job.checkpoint.read(name)
+    require_finite(name, weight)
+    if job.recipe.method not in INTEGER_METHODS:  # bitsandbytes sees weights as transformers would load them
+        weight = weight.to(job.plan.model_dtype)
+    try:
+        q = method(weight, job.plan.schemes[module], job.round_scales, options=options)
+    except QuantoolError as error:
+        raise QuantoolError(f"'{module}': {error.message}", hint=error.hint) from error
+    job.write_packed(module, q)
+    job.checkpoint.drop(name)
 
 
 def _quantize_blocks(job: _Job, network: Network, windows: torch.Tensor, batch_size: int) -> int:
@@ -179,7 +211,7 @@ def _quantize_blocks(job: _Job, network: Network, windows: torch.Tensor, batch_s
         for name, tensor in tensors_of(block.module, block.name):
             require_finite(names[name], tensor)
         schemes = {name: job.plan.schemes[modules[name]] for name in block.linears if modules[name] in job.plan.schemes}
-        for name, q in _codes(job, block, schemes).items():
+        for name, q in _codes(job, block, schemes, modules).items():
             job.write_packed(modules[name], q)
             block.linears[name].weight.copy_(dequantize_affine(q))
             written.add(f"{modules[name]}.weight")
@@ -197,9 +229,15 @@ def _unscaled(plan: Plan, network: Network) -> list[str]:
     return [f"rounded to nearest, being in no decoder block: {', '.join(outside)}"] if outside else []
 
 
-def _codes(job: _Job, block: Block, schemes: dict[str, Any]) -> dict[str, QuantizedTensor]:
-    method = BLOCK_METHODS[job.recipe.method]
-    return method(block, schemes, job.round_scales, stored=job.plan.model_dtype, n_grid=job.recipe.n_grid)
+def _codes(
+    job: _Job, block: Block, schemes: dict[str, QuantScheme], modules: dict[str, str]
+) -> dict[str, QuantizedTensor]:
+    methods = {name: BLOCK_METHODS[job.plan.methods[modules[name]]] for name in schemes}
+    codes, notes = quantize_block(
+        block, schemes, methods, job.round_scales, stored=job.plan.model_dtype, options=job.recipe.options
+    )
+    job.notes.extend(notes)
+    return codes
 
 
 def _block_linears(network: Network) -> Iterable[str]:
@@ -209,59 +247,62 @@ def _block_linears(network: Network) -> Iterable[str]:
                 yield name
 
 
-def _write_rest(job: _Job, block: Block, stored: dict[str, str], written: set[str]) -> int:
+def _write_rest(job: _Job, block: Block, names: dict[str, str], written: set[str]) -> int:
     """Write the block's tensors that are not quantized: bit for bit as they were unless a scale was folded in."""
+    tensors = {names[name]: tensor for name, tensor in tensors_of(block.module, block.name)}
     folded = 0
-    for name, tensor in tensors_of(block.module, block.name):
-        source = stored[name]
-        if source in written:
+    for stored, parts in job.checkpoint.parts.items():
+        if parts[0] not in tensors or parts[0] in written:
             continue
-        original = job.checkpoint.read(source)
-        if torch.equal(tensor, original.to(tensor.device, tensor.dtype)):
-            job.copy(source)
-            continue
-        info = job.checkpoint.infos[source]
-        job.writer.write(source, tensor.to(DTYPES.get(info.dtype, job.plan.model_dtype)).cpu())
-        folded += 1
+        if all(_unchanged(tensors[part], job.checkpoint.read(part)) for part in parts):
+            job.copy(stored)
+        else:
+            job.write_stored(stored, job.checkpoint.assemble(stored, tensors))
+            folded += 1
     return folded
+
+
+def _unchanged(tensor: torch.Tensor, original: torch.Tensor) -> bool:
+    return torch.equal(tensor, original.to(tensor.device, tensor.dtype))
 
 
 def _write_outside(job: _Job, written: set[str]) -> None:
     """Everything that is in no block; a head that is to be quantized has no group to scale and is rounded."""
-    round_weight = WEIGHT_METHODS["rtn"]
-    for name in job.checkpoint.infos:
-        module = name.removesuffix(".weight")
-        if name in written:
+    for stored, parts in job.checkpoint.parts.items():
+        if parts[0] in written:
             continue
-        if module in job.plan.schemes and name.endswith(".weight"):
-            weight = job.checkpoint.read(name)
-            require_finite(name, weight)
-            job.write_packed(module, round_weight(weight, job.plan.schemes[module], job.round_scales, mse=True))
+        if job.is_quantized(parts[0]):
+            for part in parts:
+                _quantize_weight(job, part, WEIGHT_METHODS["rtn"], MethodOptions(mse=True))
         else:
-            job.copy(name)
+            job.copy(stored)
 
 
-def _artifact_config(checkpoint: Checkpoint, recipe: Recipe, plan: Plan) -> dict[str, Any]:
+def _repack_format(checkpoint: Checkpoint, repack_to: str | None) -> str:
+    if repack_to is not None:
+        return repack_to
+    method = checkpoint.config["quantization_config"].get("quant_method")
+    raise QuantoolError(
+        f"{checkpoint.path}: is already quantized ({method}), expected a float checkpoint",
+        hint="quantize the one it was made from, or repack this one: --format NAME and no option that changes codes",
+    )
+
+
+def _artifact_config(checkpoint: LinearsCheckpoint, recipe: Recipe, plan: Plan) -> dict[str, Any]:
     """The source's config.json, key for key, with the quantization added."""
-    section = FORMATS[recipe.format].quantization_config(plan.schemes, plan.kept)
+    section = FORMATS[recipe.format].quantization_config(
+        plan.schemes, plan.kept, act_order=needs_g_idx(recipe, plan.schemes)
+    )
+    if checkpoint.transposed and recipe.format == "compressed-tensors":
+        # transformers knows no quantized Conv1D and would make up its weights; told to dequantize, it stops instead.
+        section["dequantize"] = True
     return {**checkpoint.config, "quantization_config": section}
 
 
-def _describe(plan: Plan) -> str:
-    """The scheme, or every scheme with its number of modules, the most common first."""
-    counts = Counter(map(str, plan.schemes.values())).most_common()
-    return counts[0][0] if len(counts) == 1 else ", ".join(f"{scheme} ({count})" for scheme, count in counts)
-
-
-def _check_output(checkpoint: Checkpoint, target: Path, overwrite: bool) -> None:
-    """Before any work; the model itself is never replaced by what is made of it."""
-    where = target.expanduser().resolve()
-    if where == checkpoint.path.resolve():
-        raise UsageError(f"{target}: is the model itself", hint="choose another -o")
-    check_output_directory(where, overwrite)
-
-
 def _default_output(model: str, recipe: Recipe, group_size: int) -> Path:
-    stem = Path(model).name.removesuffix(".gguf") or Path(model).resolve().name
     group = {-1: "channel", 0: "tensor"}.get(group_size, f"g{group_size}")
-    return Path(f"{stem}-{recipe.method}-w{recipe.bits}-{group}")
+    return Path(f"{_stem(model)}-{recipe.method}-w{recipe.bits}-{group}")
+
+
+def _stem(model: str) -> str:
+    return Path(model).name.removesuffix(".gguf") or Path(model).resolve().name

@@ -82,6 +82,8 @@ def test_what_it_rejects() -> None:
     assert awq.rejects(QuantScheme(4, -1), (64, 256)) is None
     assert "W3A16" in awq.rejects(QuantScheme(3, 128), (64, 256))
     assert "60 is not a multiple of 8" in awq.rejects(QuantScheme(4, 128), (60, 256))
+    assert "NF4" in awq.rejects(QuantScheme(4, 64, dtype="nf4"), (64, 256))
+    assert "W4A8" in awq.rejects(QuantScheme(4, 64, act_bits=8), (64, 256))
 
 
 def test_config_is_autoawqs() -> None:
@@ -115,6 +117,14 @@ def test_schemes_of_the_modules_that_are_packed() -> None:
     assert awq.module_schemes(CONFIG | {"group_size": -1}, per_channel) == {"X": QuantScheme(4, -1, sym=False)}
 
 
+def test_modules_that_differ() -> None:
+    """auto-round's and GPTQModel's own values of a module."""
+    other = {name.replace("X", "Y"): info for name, info in infos(qzeros=("I32", 4, 2), scales=("F16", 4, 16)).items()}
+    expected = {"X": QuantScheme(4, 32, sym=False), "Y": QuantScheme(4, 16, sym=False)}
+    for changes in ({"extra_config": {"Y": {"group_size": 16}}}, {"dynamic": {"+:Y$": {"group_size": 16}}}):
+        assert awq.module_schemes(CONFIG | changes, infos() | other) == expected
+
+
 def test_a_config_without_zero_points_is_symmetric_if_the_zeros_agree() -> None:
     scheme = awq.module_schemes(CONFIG | {"zero_point": False}, infos(qzeros=None))["X"]
     assert scheme.sym
@@ -132,6 +142,11 @@ def test_a_config_without_zero_points_is_symmetric_if_the_zeros_agree() -> None:
         ({"version": 3}, "awq version 3 cannot be read"),
         ({"bits": 3}, "awq with bits 3 cannot be read"),
         ({"bits": None}, "bits None"),
+        ({"version": None, "format": "gemv_fast"}, "awq version 'gemv_fast' cannot be read"),
+        ({"data_type": "mx_fp"}, "awq with data_type 'mx_fp' cannot be read"),
+        ({"rotation": True}, "'rotation' is not a key that is known here"),
+        ({"dynamic": {"-:X": {}}}, "module 'X' has quantized weights, but config.json leaves it in float"),
+        ({"extra_config": {"X": {"bits": 8}}}, "awq with bits 8 cannot be read"),
         ({"group_size": 0}, "group_size is 0"),
         ({"group_size": "128"}, "group_size is '128'"),
         ({"group_size": True}, "group_size is True"),
@@ -140,6 +155,12 @@ def test_a_config_without_zero_points_is_symmetric_if_the_zeros_agree() -> None:
 def test_a_config_that_cannot_be_read(config: dict[str, Any], message: str) -> None:
     with pytest.raises(QuantoolError, match=message):
         awq.module_schemes(CONFIG | config, infos())
+
+
+def test_a_config_is_read_also_when_nothing_is_quantized() -> None:
+    assert awq.module_schemes(CONFIG, {}) == {}
+    with pytest.raises(QuantoolError, match="awq with bits None"):
+        awq.module_schemes({"quant_method": "awq"}, {})
 
 
 @pytest.mark.parametrize(

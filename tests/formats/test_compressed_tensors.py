@@ -1,8 +1,10 @@
 """compressed-tensors: golden words, the library as the oracle in both directions, its config, and what is refused."""
 
 import copy
+import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from quantool.errors import QuantoolError
 from quantool.formats import compressed_tensors
 from quantool.io import TensorInfo
 from quantool.io.safetensors import dtype_name
-from quantool.quant import QuantizedTensor, dequantize_affine
+from quantool.quant import QuantizedTensor, choose_qparams, dequantize_affine, quantize_affine, round_activations
 from quantool.scheme import QuantScheme
 
 ARGS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, "dynamic": False}
@@ -201,12 +204,20 @@ linear_names = st.builds(
 def test_targets_match_their_modules_and_nothing_else(bits: dict[str, int], others: set[str]) -> None:
     match = pytest.importorskip("compressed_tensors.utils.match").match_name
     schemes = {name: QuantScheme(width, 32) for name, width in bits.items()}
-    groups = compressed_tensors.quantization_config(schemes, [])["config_groups"].values()
+    kept = sorted(others - schemes.keys())
+    config = compressed_tensors.quantization_config(schemes, kept)
+    groups = config["config_groups"].values()
     if len(groups) == 1:
         return
     for name in {*schemes, *others}:
         found = [g["weights"]["num_bits"] for g in groups if any(match(name, target) for target in g["targets"])]
-        assert found == ([schemes[name].bits] if name in schemes else [])
+        if name in schemes:
+            assert found == [schemes[name].bits]
+        elif ".experts." in name:  # one regex may stand for all experts, and ignore beats it
+            assert name in config["ignore"]
+            assert len(found) <= 1
+        else:
+            assert found == []
 
 
 def test_the_library_gives_every_linear_its_scheme() -> None:
@@ -312,6 +323,193 @@ def test_int8_weights_that_are_not_packed(format_: str | None, activations: Any)
         assert q.input_scale.tolist() == [0.25]
 
 
+INT8 = [
+    QuantScheme(8, size, act_bits=8, act_dynamic=dynamic, act_sym=sym)
+    for size in (-1, 0)
+    for dynamic in (True, False)
+    for sym in (True, False)
+]
+
+
+def int8_tensor(scheme: QuantScheme) -> QuantizedTensor:
+    """With every code, and a zero point that is not zero."""
+    q = random_tensor(scheme, 24, 96)
+    static = not scheme.act_dynamic
+    return replace(
+        q,
+        scales=q.scales[:1].repeat(24, 1) if scheme.group_size == 0 else q.scales,
+        input_scale=torch.tensor([0.0625]) if static else None,
+        input_zero=torch.tensor([-7], dtype=torch.int8) if static and not scheme.act_sym else None,
+    )
+
+
+def test_int8_activations_golden() -> None:
+    codes = torch.tensor([[0, 127, 128, 255]], dtype=torch.uint8)
+    scheme = QuantScheme(8, -1, act_bits=8, act_dynamic=False, act_sym=False)
+    zero = torch.tensor([-3], dtype=torch.int8)
+    q = QuantizedTensor(codes, torch.ones(1, 1), None, scheme, input_scale=torch.tensor([0.5]), input_zero=zero)
+    packed = compressed_tensors.pack(q)
+    assert packed["weight"].tolist() == [[-128, -1, 0, 127]]
+    assert {suffix: (t.dtype, tuple(t.shape)) for suffix, t in packed.items()} == {
+        "weight": (torch.int8, (1, 4)),
+        "weight_scale": (torch.float32, (1, 1)),
+        "input_scale": (torch.float32, (1,)),
+        "input_zero_point": (torch.int8, (1,)),
+    }
+
+
+@pytest.mark.parametrize("scheme", INT8, ids=str)
+def test_the_library_and_quantool_read_each_others_int8(scheme: QuantScheme) -> None:
+    library = pytest.importorskip("compressed_tensors.compressors")
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    q = int8_tensor(scheme)
+    config = compressed_tensors.quantization_config({"X": scheme}, [])
+    assert config["format"] == "int-quantized"
+    group = quantization.QuantizationConfig.model_validate(copy.deepcopy(config)).config_groups["group_0"]
+    assert library.IntQuantizationCompressor.can_compress(torch.nn.Linear, group)
+    activations = group.input_activations
+    assert (activations.dynamic, activations.symmetric) == (scheme.act_dynamic, scheme.act_sym)
+    assert activations.strategy == ("token" if scheme.act_dynamic else "tensor")
+
+    packed = compressed_tensors.pack(q)
+    weight = library.IntQuantizationCompressor.decompress(packed, group)["weight"]
+    assert torch.equal(weight, dequantize_affine(q).to(torch.bfloat16))
+    state = packed | {"weight": dequantize_affine(q), "weight_scale": packed["weight_scale"].float()}
+    theirs = library.IntQuantizationCompressor.compress(state, group)
+    assert torch.equal(theirs["weight"], packed["weight"])
+    again = read(config, packed)
+    assert again.scheme == scheme
+    assert torch.equal(again.codes, q.codes)
+
+
+@pytest.mark.parametrize("scheme", [*INT8, QuantScheme(4, 32)], ids=str)
+def test_transformers_computes_what_the_scheme_says(scheme: QuantScheme, tmp_path: Path) -> None:
+    """The real library, on a model of which every linear but the head, or only some, have this scheme."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("compressed_tensors")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 40}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    config = transformers.LlamaConfig(**shape, **heads)
+    model = transformers.LlamaForCausalLM(config).eval()
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    schemes = {}
+    for name, linear in model.named_modules():
+        if not isinstance(linear, torch.nn.Linear) or name == "lm_head":
+            continue
+        # with W4A16 two formats in one artifact
+        own = QuantScheme(8, -1, act_bits=8) if scheme.act_bits == 16 and "down" in name else scheme
+        weight, static = linear.weight.detach(), not own.act_dynamic
+        scales, _ = choose_qparams(weight, own, lambda scales: scales)
+        q = QuantizedTensor(
+            quantize_affine(weight, scales, None, own),
+            scales,
+            None,
+            own,
+            input_scale=torch.tensor([0.03]) if static else None,
+            input_zero=torch.tensor([-17], dtype=torch.int8) if static and not own.act_sym else None,
+        )
+        schemes[name] = own
+        del tensors[f"{name}.weight"]
+        tensors |= {f"{name}.{suffix}": tensor for suffix, tensor in compressed_tensors.pack(q).items()}
+        linear.weight.data = dequantize_affine(q)
+        linear.register_forward_pre_hook(lambda _, args, q=q: (rounded(args[0], q),))
+    section = compressed_tensors.quantization_config(schemes, ["lm_head"])
+    assert section["format"] == ("int-quantized" if scheme.act_bits == 8 else "mixed-precision")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    written = {**config.to_dict(), "dtype": "float32", "quantization_config": section}
+    (tmp_path / "config.json").write_text(json.dumps(written | {"architectures": ["LlamaForCausalLM"]}))
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = torch.arange(40).view(4, 10)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def rounded(x: torch.Tensor, q: QuantizedTensor) -> torch.Tensor:
+    if q.scheme.act_bits == 16 or q.input_scale is None:
+        return round_activations(x, q.scheme)
+    zero = 0.0 if q.input_zero is None else float(q.input_zero)
+    return (((x / q.input_scale).round() + zero).clamp(-128, 127) - zero) * q.input_scale
+
+
+def test_mixed_formats_are_read_back() -> None:
+    schemes = {"a": QuantScheme(8, -1, act_bits=8), "b": QuantScheme(4, 32), "c": QuantScheme(4, 32)}
+    config = compressed_tensors.quantization_config(schemes, [])
+    assert config["format"] == "mixed-precision"
+    assert [group["format"] for group in config["config_groups"].values()] == ["pack-quantized", "int-quantized"]
+    infos = {}
+    for name, scheme in schemes.items():
+        infos |= infos_of(compressed_tensors.pack(random_tensor(scheme)), name)
+    assert compressed_tensors.module_schemes(config, infos) == schemes
+
+
+def ordered(*, actorder: Any = "group", **tensors: torch.Tensor | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Config and tensors of a weight that was grouped in the order of activations, as written before 0.20."""
+    packed = compressed_tensors.pack(random_tensor(QuantScheme(4, 32))) | tensors
+    config = config_of({"actorder": actorder})
+    return config, {suffix: tensor for suffix, tensor in packed.items() if tensor is not None}
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("actorder", ["group", None])
+def test_groups_in_activation_order_are_read(dtype: torch.dtype, actorder: str | None) -> None:
+    g_idx = torch.randperm(96, generator=torch.Generator().manual_seed(0)) // 32
+    q = read(*ordered(actorder=actorder, weight_g_idx=g_idx.to(dtype)))
+    assert q.g_idx.dtype == torch.int32
+    assert torch.equal(q.g_idx, g_idx.to(torch.int32))
+    steps = q.scales.float().gather(1, g_idx.expand(24, 96))
+    assert torch.equal(dequantize_affine(q), (q.codes.float() - 8) * steps)
+
+
+def test_groups_that_are_in_order_after_all() -> None:
+    for stored in (torch.arange(96) // 32, torch.full((96,), -1)):  # -1: the library made it, and never set it
+        assert read(*ordered(weight_g_idx=stored.int())).g_idx is None
+    assert read(*ordered(actorder="static")).g_idx is None
+    for g_idx, message in (
+        (None, r"'X\.weight_g_idx' is missing"),
+        (torch.zeros(96), r"'X\.weight_g_idx': expected I32 or I64, found \[96\] F32"),
+        (torch.zeros(96).int(), "'weight_g_idx': expected 96 entries, 32 of each of 3 groups"),
+        (torch.zeros(95).int(), "'weight_g_idx': expected 96 entries"),
+    ):
+        with pytest.raises(QuantoolError, match=message):
+            read(*ordered(weight_g_idx=g_idx))
+
+
+def test_the_library_no_longer_reads_groups_in_activation_order() -> None:
+    """Why they are not written."""
+    arguments = pytest.importorskip("compressed_tensors.quantization").QuantizationArgs
+    with pytest.raises(ValueError, match="actorder='group' has been removed"):
+        arguments(**ARGS, actorder="group")
+    assert "activation order" in compressed_tensors.rejects(QuantScheme(4, 32), (8, 64), act_order=True)
+
+
+def test_unknown_keys_are_named() -> None:
+    """What a later version adds may change the weights; the library refuses it in a group and in arguments."""
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    tensors = compressed_tensors.pack(random_tensor(QuantScheme(4, 32)))
+    good = config_of({"observer": "mse", "actorder": "static", "scale_dtype": None}, version="0.99.0")
+    assert torch.equal(read(good, tensors).codes, read(config_of({}), tensors).codes)
+    group = good["config_groups"]["group_0"]
+    cases = [
+        (good | {"mirror": {"axis": 1}}, "'mirror' (compressed-tensors '0.99.0') is not a key"),
+        (with_group(good, group | {"mirror": True}), "'mirror' of 'group_0' (compressed-tensors '0.99.0')"),
+        (with_group(good, group | {"weights": group["weights"] | {"mirror": 2}}), "'mirror' of weights"),
+        (with_group(good, group | {"input_activations": TOKEN | {"mirror": 2}}), "'mirror' of input_activations"),
+    ]
+    for config, message in cases:
+        with pytest.raises(QuantoolError, match=re.escape(message)) as caught:
+            read(config, tensors)
+        assert "remove it from config.json" in caught.value.hint
+        if "mirror" not in config:
+            with pytest.raises(ValueError, match="mirror"):
+                quantization.QuantizationConfig.model_validate(config)
+    assert read(good | {"mirror": None, "dequantize": True}, tensors).codes is not None
+
+
+def with_group(config: dict[str, Any], group: dict[str, Any]) -> dict[str, Any]:
+    return config | {"config_groups": {"group_0": group}}
+
+
 def test_naive_weights_with_groups_and_zero_points() -> None:
     scheme = QuantScheme(4, 32, sym=False)
     q = random_tensor(scheme)
@@ -367,14 +565,16 @@ def test_modules_in_float_have_no_scheme() -> None:
         (config_of({}, transform_config={"config_groups": {"u": {}}}), "rotations"),
         (config_of({}, activations=TOKEN), "quantized activations with W4A16 sym g32 weights"),
         (config_of(CHANNEL8 | {"symmetric": False}, activations=TOKEN), "quantized activations with W8A16 asym"),
-        (config_of(CHANNEL8, activations=TOKEN | {"symmetric": False}), "dynamic token asymmetric int8"),
+        (config_of(CHANNEL8, activations=STATIC | {"dynamic": True}), "dynamic tensor symmetric int8"),
+        (config_of(CHANNEL8, activations=TOKEN | {"dynamic": "local"}), "dynamic token symmetric int8"),
+        (config_of(CHANNEL8, activations=STATIC | {"strategy": ["tensor"], "symmetric": False}), "asymmetric int8"),
         (config_of(CHANNEL8, activations=TOKEN | {"type": "float"}), "dynamic token symmetric float8"),
         (config_of(CHANNEL8, activations=TOKEN | {"dynamic": False}), "static token symmetric int8"),
         (config_of(CHANNEL8, activations=[1]), "input_activations is not an object"),
         (config_of({}, targets=["re:(["]), r"'re:\(\[' is not a regular expression"),
         (config_of({}, targets=[3]), "targets is not a list of names"),
         (config_of({}, config_groups=None), "config_groups is not an object"),
-        (config_of({}, config_groups={"W4A16": ["Linear"]}), "W4A16 is not an object"),
+        (config_of({}, config_groups={"W4A16": ["Linear"]}), "'W4A16' is not an object"),
         (config_of({}, ignore=["re:*"]), "not a regular expression"),
     ],
 )
@@ -425,13 +625,12 @@ def int32(*shape: int) -> torch.Tensor:
         (changed(weight_zero_point=int32(4, 3)), "'X.weight_zero_point': expected [3, 3] or [3, 3] I32, found [4, 3]"),
         (changed(weight_zero_point=torch.ones(24, 3)), "'X.weight_zero_point': expected [24, 3] I8, found [24, 3] F32"),
         (changed(weight_shape=int32(3)), "'X.weight_shape': expected [2] I64 or I32, found [3] I32"),
-        (changed(weight_g_idx=int32(96)), "module 'X' has weight_g_idx: activation ordering cannot be read yet"),
     ],
 )
 def test_tensors_that_contradict_the_config(tensors: dict[str, torch.Tensor], message: str) -> None:
     with pytest.raises(QuantoolError, match=re.escape(message)) as caught:
         read(config_of({"symmetric": False}), tensors)
-    assert "missing" in message or "g_idx" in message or caught.value.message.startswith("shard: ")
+    assert "missing" in message or caught.value.message.startswith("shard: ")
 
 
 def test_a_static_scale_must_be_there() -> None:
@@ -442,8 +641,16 @@ def test_a_static_scale_must_be_there() -> None:
     tensors |= {"input_scale": torch.ones(1), "input_zero_point": torch.ones(1, dtype=torch.int8)}
     with pytest.raises(QuantoolError, match="'input_zero_point': expected zeros"):
         read(config, tensors)
+    asymmetric = config_of(CHANNEL8, format_="int-quantized", activations=STATIC | {"symmetric": False})
+    assert read(asymmetric, tensors).input_zero.tolist() == [1]
     tensors["input_zero_point"].zero_()
     assert read(config, tensors).input_scale.tolist() == [1]
+    assert read(config, tensors).input_zero is None
+    assert read(asymmetric, tensors | {"input_zero_point": torch.tensor(5).char()}).input_zero.tolist() == [5]
+    for bad, message in ((None, "is missing"), (torch.ones(1), "expected .* I8, found .* F32"), (int32(2).char(), "2")):
+        changed_ = {suffix: t for suffix, t in (tensors | {"input_zero_point": bad}).items() if t is not None}
+        with pytest.raises(QuantoolError, match=rf"'X\.input_zero_point'.*{message}"):
+            read(asymmetric, changed_)
 
 
 @pytest.mark.parametrize("shape", [[24, 95], [23, 96], [24, 0], [24, -96], [24, 10**12], [0, 0]])
@@ -455,10 +662,36 @@ def test_a_weight_shape_that_contradicts(shape: list[int]) -> None:
 
 def test_what_it_rejects() -> None:
     assert all(compressed_tensors.rejects(scheme, (13, 96)) is None for scheme in ALL)
-    assert "W8A8" in compressed_tensors.rejects(QuantScheme(8, -1, act_bits=8), (8, 8))
+    assert all(compressed_tensors.rejects(scheme, (8, 8)) is None for scheme in INT8)
+    for scheme in (
+        QuantScheme(8, 32, act_bits=8),
+        QuantScheme(4, -1, act_bits=8),
+        QuantScheme(8, -1, False, act_bits=8),
+    ):
+        assert str(scheme) in compressed_tensors.rejects(scheme, (8, 64))
+    for scheme in (QuantScheme(4, 64, dtype="nf4"), QuantScheme(8, -1, act_bits=8, outlier_threshold=6.0)):
+        assert str(scheme) in compressed_tensors.rejects(scheme, (8, 64))
 
 
 def test_small_scales_of_float16_models_are_kept() -> None:
     scale = torch.tensor([[1.3e-5]])  # a row of 8-bit weights up to 1.6e-3
     assert float(compressed_tensors.round_scales(scale, torch.float16)) == pytest.approx(1.3e-5, rel=0.005)
     assert compressed_tensors.round_scales(scale, torch.float64).dtype == torch.float32
+
+
+def test_the_experts_of_a_mixed_artifact_are_one_regex() -> None:
+    """transformers and vLLM ask for the experts' scheme by it, whatever the names on disk."""
+    attention, experts = QuantScheme(8, -1, sym=True), QuantScheme(4, 32, sym=True)
+    schemes = {f"model.layers.{i}.self_attn.q_proj": attention for i in range(2)}
+    names = [
+        f"model.layers.{i}.block_sparse_moe.experts.{e}.w{w}" for i in range(2) for e in range(4) for w in (1, 2, 3)
+    ]
+    schemes |= dict.fromkeys(names, experts)
+    config = compressed_tensors.quantization_config(schemes, [])
+    targets = {group["weights"]["num_bits"]: group["targets"] for group in config["config_groups"].values()}
+    assert targets[4] == [r"re:.*\.experts\.[0-9]+\..*"]
+    assert not any(re.match(t.removeprefix("re:"), names[0]) for t in targets[8])
+    # experts of two schemes keep their names: no regex could tell them apart
+    schemes |= dict.fromkeys(names[:12], attention)
+    config = compressed_tensors.quantization_config(schemes, [])
+    assert all(r".*\.experts" not in t for group in config["config_groups"].values() for t in group["targets"])

@@ -1,5 +1,6 @@
 """Packing against golden words and Python integers; the ops against float64 and torch's own checks of an op."""
 
+import bitsandbytes
 import pytest
 import torch
 from hypothesis import given, settings
@@ -94,29 +95,152 @@ def test_linear_wna16_is_the_formula(bits: int, sym: bool) -> None:
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("static", [True, False])
-def test_linear_w8a8_is_the_formula(static: bool) -> None:
+def rounded_input(x: torch.Tensor, scale: float | None, zero: int | None, sym: bool) -> torch.Tensor:
+    """Token by token in float64: the step and zero point given, or those of the token's range."""
+    rows = []
+    for row in x.double().view(-1, x.shape[-1]):
+        low, high = min(float(row.min()), 0.0), max(float(row.max()), 0.0)
+        step, shift = scale, zero or 0
+        if step is None:
+            step = max(-low, high) / 127.5 if sym else (high - low) / 255
+            shift = 0 if sym or not step else round(-128 - low / step)
+        rows.append(row if not step else ((row / step + shift).round().clamp(-128, 127) - shift) * step)
+    return torch.stack(rows).view(x.shape)
+
+
+def int8_linear(groups: int = 1) -> tuple[torch.Tensor, ...]:
     random = torch.Generator().manual_seed(0)
     x = torch.randn(2, 5, 96, generator=random)
-    x[0, 1] = 0
+    x[0, 1], x[0, 2], x[0, 3] = 0, x[0, 2].abs(), 5 - x[0, 3].abs()
     weight = torch.randint(-128, 128, (24, 96), generator=random, dtype=torch.int8)
-    scales, bias = torch.rand(24, 1, generator=random), torch.randn(24, generator=random)
-    input_scale = torch.tensor([0.02]) if static else None
-    y = ops.linear_w8a8(x, weight, scales, input_scale, bias)
+    return x, weight, torch.rand(24, groups, generator=random), torch.randn(24, generator=random)
 
-    step = x.double().abs().amax(-1, keepdim=True).clamp(min=1e-300) / 127.5
-    if static:
-        step = input_scale.double()
-    quantized = (x.double() / step).round().clamp(-128, 127) * step
-    expected = quantized @ (weight.double() * scales.double()).T + bias.double()
+
+INPUTS = [(None, None, True), (None, None, False), (0.02, None, True), (0.03, 17, False), (0.03, -128, False)]
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize(("scale", "zero", "sym"), INPUTS)
+def test_linear_w8a8_is_the_formula(scale: float | None, zero: int | None, sym: bool, groups: int) -> None:
+    x, weight, scales, bias = int8_linear(groups)
+    input_scale = None if scale is None else torch.tensor([scale])
+    input_zero = None if zero is None else torch.tensor([zero], dtype=torch.int8)
+    y = ops.linear_w8a8(x, weight, scales, input_scale, input_zero, bias, sym)
+
+    wide = weight.double() * scales.double().repeat_interleave(96 // groups, dim=1)
+    expected = rounded_input(x, None if scale is None else float(input_scale), zero, sym) @ wide.T + bias.double()
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_linear_w8a8_keeps_small_activations(dtype: torch.dtype) -> None:
     x = torch.full((1, 32), 2.0**-10, dtype=dtype)
-    y = ops.linear_w8a8(x, torch.full((1, 32), 64, dtype=torch.int8), torch.ones(1, 1), None, None)
+    y = ops.linear_w8a8(x, torch.full((1, 32), 64, dtype=torch.int8), torch.ones(1, 1), None, None, None, True)
     assert float(y) == pytest.approx(32 * 64 * 2.0**-10, rel=0.01)
+
+
+def test_golden_nibbles() -> None:
+    packed = ops.pack_nibbles(torch.tensor([[12, 4, 7], [15, 0, 8]], dtype=torch.uint8))
+    assert packed.tolist() == [0xC4, 0x7F, 0x08]
+    assert ops.unpack_nibbles(packed, 6).tolist() == [12, 4, 7, 15, 0, 8]
+    assert ops.pack_nibbles(torch.tensor([12, 4, 9], dtype=torch.uint8), fill=7).tolist() == [0xC4, 0x97]
+    assert ops.unpack_nibbles(packed, 5).tolist() == [12, 4, 7, 15, 0]
+
+
+@pytest.mark.parametrize("dtype", ["nf4", "fp4"])
+def test_levels_are_those_of_bitsandbytes(dtype: str) -> None:
+    assert torch.equal(ops.levels(dtype), bitsandbytes.functional.get_4bit_type(dtype, device="cpu"))
+
+
+def flat_linear(shape: tuple[int, int], block_size: int, dtype: str) -> tuple[torch.Tensor, ...]:
+    random = torch.Generator().manual_seed(0)
+    codes = random_codes(4, *shape)
+    absmax = torch.rand(-(-codes.numel() // block_size), generator=random) + 0.1
+    x = torch.randn(2, 5, shape[1], generator=random)
+    return x, codes, absmax, ops.levels(dtype), torch.randn(shape[0], generator=random)
+
+
+@pytest.mark.parametrize("dtype", ["nf4", "fp4"])
+@pytest.mark.parametrize(("shape", "block_size"), [((24, 96), 64), ((7, 33), 32), ((3, 5), 64), ((4, 64), 256)])
+def test_linear_nf4_is_the_formula(shape: tuple[int, int], block_size: int, dtype: str) -> None:
+    """Blocks cross rows, the last one is short, and a weight may be smaller than a block or of odd size."""
+    x, codes, absmax, table, bias = flat_linear(shape, block_size, dtype)
+    y = ops.linear_nf4(x, ops.pack_nibbles(codes), absmax, table, bias, shape[0], block_size)
+    scale = absmax.double().repeat_interleave(block_size)[: codes.numel()]
+    weight = (table.double()[codes.flatten().long()] * scale).view(shape)
+    expected = x.double() @ weight.T + bias.double()
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@LIMIT
+@given(st.integers(1, 700), st.integers(0, 2**32))
+def test_scales_of_double_quantization_are_those_of_bitsandbytes(blocks: int, seed: int) -> None:
+    random = torch.Generator().manual_seed(seed)
+    codes = random_codes(8, blocks, seed=seed)
+    quant_map, absmax = torch.randn(256, generator=random), torch.rand(-(-blocks // 256), generator=random)
+    offset = torch.rand((), generator=random)
+    found = ops.dequantize_absmax(codes, quant_map, absmax, offset)
+    state = bitsandbytes.functional.QuantState(absmax, code=quant_map, blocksize=256, dtype=torch.float32)
+    assert torch.equal(found, bitsandbytes.functional.dequantize_blockwise(codes, state) + offset)
+
+
+def outlier_input(tokens: int, columns: int = 96) -> torch.Tensor:
+    """Most below 4, a channel of values around 6, one of a single value, one beyond float16."""
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(tokens)).clamp(-4, 4)
+    x[:, 5] *= 6
+    x[0, 17], x[0, 40] = -6.0, 7e4
+    if tokens > 2:
+        x[1] = 0
+    return x
+
+
+@pytest.mark.parametrize("threshold", [6.0, 2.5, 0.0])
+@pytest.mark.parametrize("tokens", [1, 2, 13])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_linear_llm_int8_is_that_of_bitsandbytes(tokens: int, threshold: float, dtype: torch.dtype) -> None:
+    x = outlier_input(tokens).to(dtype)
+    if not threshold or dtype == torch.float16:  # what is beyond float16 is NaN, or an output that is
+        x = x.clamp(-100, 100)
+    random = torch.Generator().manual_seed(1)
+    weight, absmax, _ = bitsandbytes.functional.int8_vectorwise_quant(torch.randn(24, 96, generator=random).half())
+    bias = torch.randn(24, generator=random).to(dtype)
+    y = ops.linear_llm_int8(x, weight, absmax.view(-1, 1) / 127, bias, threshold)
+
+    state = bitsandbytes.MatmulLtState()
+    state.CB, state.SCB, state.threshold, state.has_fp16_weights, state.is_training = (
+        weight,
+        absmax,
+        threshold,
+        False,
+        False,
+    )
+    expected = bitsandbytes.matmul(x, weight, bias=bias, state=state)
+    assert y.dtype == expected.dtype == dtype
+    assert bool(torch.isfinite(y).all())
+    assert_close(y, expected, 1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    assert float((found.double() - expected.double()).norm() / expected.double().norm()) < tolerance
+
+
+def test_linear_llm_int8_is_the_formula() -> None:
+    """Channel 5 is multiplied in float, the rest in steps of each token's largest value below the threshold."""
+    x = outlier_input(13)
+    x[0, 40], x[4, 5] = 1.0, 5.5  # a value below the threshold in a channel of outliers still sets the token's scale
+    weight = torch.randint(-127, 128, (24, 96), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    scales = torch.rand(24, 1, generator=torch.Generator().manual_seed(1)) + 0.1
+    y = ops.linear_llm_int8(x, weight, scales, None, 6.0)
+
+    half = x.half().double()
+    outlier = (half.abs() >= 6).any(0)
+    assert outlier.nonzero().flatten().tolist() == [5, 17]
+    step = torch.where(half.abs() >= 6, 0, half).abs().amax(1, keepdim=True).clamp(min=1e-300) / 127
+    quantized = torch.where(outlier, x.double(), (half / step).round() * step)
+    expected = quantized @ (weight.double() * scales.double()).T
+    assert_close(y, expected, 3e-5)  # bitsandbytes' 6.200124e-05 is 1.8e-5 off
+    whole = ops.linear_llm_int8(x.view(1, 13, 96), weight, scales, None, 6.0)
+    assert torch.equal(whole[0], y)
 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
@@ -128,7 +252,24 @@ def test_torch_accepts_linear_wna16(bits: int, sym: bool) -> None:
     torch.library.opcheck(ops.linear_wna16, (*args[:4], None, bits))
 
 
-@pytest.mark.parametrize("input_scale", [None, torch.tensor([0.02])])
-def test_torch_accepts_linear_w8a8(input_scale: torch.Tensor | None) -> None:
-    weight = torch.randint(-128, 128, (24, 96), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
-    torch.library.opcheck(ops.linear_w8a8, (torch.ones(2, 96), weight, torch.ones(24, 1), input_scale, None))
+@pytest.mark.parametrize(("scale", "zero", "sym"), INPUTS)
+def test_torch_accepts_linear_w8a8(scale: float | None, zero: int | None, sym: bool) -> None:
+    x, weight, scales, bias = int8_linear()
+    input_scale = None if scale is None else torch.tensor([scale])
+    input_zero = None if zero is None else torch.tensor([zero], dtype=torch.int8)
+    torch.library.opcheck(ops.linear_w8a8, (x, weight, scales, input_scale, input_zero, bias, sym))
+    torch.library.opcheck(ops.linear_w8a8, (x, weight, scales, input_scale, input_zero, None, sym))
+
+
+@pytest.mark.parametrize("dtype", ["nf4", "fp4"])
+def test_torch_accepts_linear_nf4(dtype: str) -> None:
+    x, codes, absmax, table, bias = flat_linear((7, 33), 32, dtype)
+    torch.library.opcheck(ops.linear_nf4, (x, ops.pack_nibbles(codes), absmax, table, bias, 7, 32))
+    torch.library.opcheck(ops.linear_nf4, (x, ops.pack_nibbles(codes), absmax, table, None, 7, 32))
+
+
+@pytest.mark.parametrize("threshold", [6.0, 0.0])
+def test_torch_accepts_linear_llm_int8(threshold: float) -> None:
+    x, weight, scales, bias = int8_linear()
+    torch.library.opcheck(ops.linear_llm_int8, (10 * x, weight, scales, bias, threshold))
+    torch.library.opcheck(ops.linear_llm_int8, (x[0, 0], weight, scales, None, threshold))

@@ -8,12 +8,12 @@ import torch
 from families import in_memory, make_model, tokens
 
 from quantool.formats import FORMATS
-from quantool.methods.awq import quantize_block
+from quantool.methods import BLOCK_METHODS, quantize_block
 from quantool.methods.rtn import quantize_weight
 from quantool.model.blocks import Block, embed, open_head, stream_blocks
 from quantool.model.skeleton import open_network
 from quantool.quant import QuantizedTensor, dequantize_affine
-from quantool.scheme import PER_CHANNEL, QuantScheme
+from quantool.scheme import PER_CHANNEL, MethodOptions, QuantScheme
 
 ASYM_4 = QuantScheme(4, 32, sym=False)
 WINDOWS = tokens(8, 32)
@@ -72,11 +72,17 @@ def schemes_of(block: Block, scheme: QuantScheme = ASYM_4, only: tuple[str, ...]
 
 
 def awq(block: Block, schemes: dict[str, QuantScheme], n_grid: int = 20) -> dict[str, QuantizedTensor]:
-    return quantize_block(block, schemes, round_scales, stored=torch.bfloat16, n_grid=n_grid)
+    methods = dict.fromkeys(schemes, BLOCK_METHODS["awq"])
+    options = MethodOptions(n_grid=n_grid)
+    codes, notes = quantize_block(block, schemes, methods, round_scales, stored=torch.bfloat16, options=options)
+    assert not notes
+    return codes
 
 
 def rtn(block: Block, schemes: dict[str, QuantScheme], *, mse: bool = False) -> dict[str, QuantizedTensor]:
-    return {name: quantize_weight(block.linears[name].weight, s, round_scales, mse=mse) for name, s in schemes.items()}
+    options = MethodOptions(mse=mse)
+    weights = {name: block.linears[name].weight for name in schemes}
+    return {name: quantize_weight(weights[name], s, round_scales, options=options) for name, s in schemes.items()}
 
 
 def outputs(block: Block) -> torch.Tensor:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from quantool.formats import FORMATS
 from quantool.methods.rtn import quantize_weight
 from quantool.quant import PIECE, QuantizedTensor, dequantize_affine
-from quantool.scheme import PER_CHANNEL, PER_TENSOR, QuantScheme
+from quantool.scheme import PER_CHANNEL, PER_TENSOR, MethodOptions, QuantScheme
 
 LIMIT = settings(deadline=None, max_examples=60)
 F32 = np.float32
@@ -86,7 +86,7 @@ def test_codes_scales_and_zeros_are_those_of_numpy(bits: int, group_size: int, s
     scheme = QuantScheme(bits, group_size, sym)
     for kind in ("skewed", "zeros", "outlier"):
         weight = make(kind, seed=bits)
-        q = quantize_weight(weight, scheme, ROUNDINGS[dtype], mse=False)
+        q = quantize_weight(weight, scheme, ROUNDINGS[dtype], options=MethodOptions(mse=False))
         codes, scales, zeros = by_hand(weight, scheme, dtype)
         assert q.scheme == scheme
         assert q.scales.dtype == dtype
@@ -111,7 +111,7 @@ def _dequantized(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray) -> np
 @given(schemes, kinds, st.sampled_from(list(ROUNDINGS)), st.integers(0, 2**31))
 def test_any_weight_gives_the_codes_of_numpy(scheme: QuantScheme, kind: str, dtype: torch.dtype, seed: int) -> None:
     weight = make(kind, 4, 16, seed)
-    q = quantize_weight(weight, scheme, ROUNDINGS[dtype], mse=False)
+    q = quantize_weight(weight, scheme, ROUNDINGS[dtype], options=MethodOptions(mse=False))
     codes, scales, _ = by_hand(weight, scheme, dtype)
     assert np.array_equal(q.codes.numpy(), codes)
     assert np.array_equal(q.scales.float().numpy(), scales)
@@ -126,14 +126,16 @@ def test_no_row_depends_on_how_rows_are_cut_into_pieces(group_size: int, sym: bo
     weight = make("skewed", rows, columns)
     if group_size == PER_TENSOR:
         weight[-1, -1] = 20  # the range comes from the last piece
-    q = quantize_weight(weight, QuantScheme(4, group_size, sym), as_bfloat16, mse=mse)
+    q = quantize_weight(weight, QuantScheme(4, group_size, sym), as_bfloat16, options=MethodOptions(mse=mse))
     assert q.codes.shape == weight.shape
     if group_size == PER_TENSOR:
         assert q.scales.unique().numel() == 1
         assert q.zeros is None or q.zeros.unique().numel() == 1
         return
     for chosen in ([0], [PIECE // columns - 1], [PIECE // columns], [rows - 1], [3, rows - 1, 200]):
-        part = quantize_weight(weight[chosen], QuantScheme(4, group_size, sym), as_bfloat16, mse=mse)
+        part = quantize_weight(
+            weight[chosen], QuantScheme(4, group_size, sym), as_bfloat16, options=MethodOptions(mse=mse)
+        )
         assert torch.equal(part.codes, q.codes[chosen])
         assert torch.equal(part.scales, q.scales[chosen])
         assert (part.zeros is None) == (q.zeros is None) == sym
@@ -142,7 +144,7 @@ def test_no_row_depends_on_how_rows_are_cut_into_pieces(group_size: int, sym: bo
 
 def test_one_row_wider_than_a_piece() -> None:
     weight = make("skewed", 2, PIECE + 64)
-    q = quantize_weight(weight, QuantScheme(4, 64, sym=False), as_bfloat16, mse=False)
+    q = quantize_weight(weight, QuantScheme(4, 64, sym=False), as_bfloat16, options=MethodOptions(mse=False))
     codes, _, _ = by_hand(weight[:, -640:].contiguous(), QuantScheme(4, 64, sym=False), torch.bfloat16)
     assert np.array_equal(q.codes[:, -640:].numpy(), codes)
 
@@ -153,9 +155,9 @@ def test_the_stored_dtype_of_the_weight_does_not_matter_and_it_is_not_changed(gr
     scheme = QuantScheme(4, group_size, sym=False)
     half = make("outlier").to(torch.bfloat16)
     before = half.clone()
-    q = quantize_weight(half, scheme, as_bfloat16, mse=mse)
+    q = quantize_weight(half, scheme, as_bfloat16, options=MethodOptions(mse=mse))
     wide = half.float()
-    wanted = quantize_weight(wide, scheme, as_bfloat16, mse=mse)
+    wanted = quantize_weight(wide, scheme, as_bfloat16, options=MethodOptions(mse=mse))
     assert torch.equal(half, before)
     assert torch.equal(wide, before.float())
     assert torch.equal(q.codes, wanted.codes)
@@ -166,8 +168,8 @@ def test_the_stored_dtype_of_the_weight_does_not_matter_and_it_is_not_changed(gr
 @given(schemes, kinds, st.sampled_from(list(ROUNDINGS)), st.integers(0, 2**31))
 def test_mse_never_has_a_larger_squared_error(scheme: QuantScheme, kind: str, dtype: torch.dtype, seed: int) -> None:
     weight = make(kind, seed=seed)
-    plain = squared_errors(weight, quantize_weight(weight, scheme, ROUNDINGS[dtype], mse=False))
-    clipped = squared_errors(weight, quantize_weight(weight, scheme, ROUNDINGS[dtype], mse=True))
+    plain = squared_errors(weight, quantize_weight(weight, scheme, ROUNDINGS[dtype], options=MethodOptions(mse=False)))
+    clipped = squared_errors(weight, quantize_weight(weight, scheme, ROUNDINGS[dtype], options=MethodOptions(mse=True)))
     if scheme.group_size == PER_TENSOR:
         plain, clipped = plain.sum(), clipped.sum()
     assert (clipped <= plain * (1 + 1e-5) + 1e-12).all()
@@ -177,8 +179,10 @@ def test_mse_never_has_a_larger_squared_error(scheme: QuantScheme, kind: str, dt
 def test_mse_is_much_better_where_a_few_values_stick_out(group_size: int) -> None:
     weight = make("normal", 32, 256)
     scheme = QuantScheme(3, group_size)
-    plain = squared_errors(weight, quantize_weight(weight, scheme, as_bfloat16, mse=False)).sum()
-    clipped = squared_errors(weight, quantize_weight(weight, scheme, as_bfloat16, mse=True)).sum()
+    plain = squared_errors(weight, quantize_weight(weight, scheme, as_bfloat16, options=MethodOptions(mse=False))).sum()
+    clipped = squared_errors(
+        weight, quantize_weight(weight, scheme, as_bfloat16, options=MethodOptions(mse=True))
+    ).sum()
     assert clipped < 0.9 * plain
 
 
@@ -188,14 +192,14 @@ def test_weights_on_a_grid_come_back_exactly(bits: int, mse: bool) -> None:
     """Every code is used and the scale is a power of two, so there is nothing to lose."""
     codes = torch.arange(2**bits).repeat(3, 2)
     weight = (codes - 2 ** (bits - 2)) * 0.25
-    q = quantize_weight(weight, QuantScheme(bits, 2**bits, sym=False), as_bfloat16, mse=mse)
+    q = quantize_weight(weight, QuantScheme(bits, 2**bits, sym=False), as_bfloat16, options=MethodOptions(mse=mse))
     assert torch.equal(q.codes, codes.to(torch.uint8))
     assert torch.equal(dequantize_affine(q), weight)
 
 
 def test_float16_scales_of_the_awq_format_are_what_codes_are_made_for() -> None:
     weight = make("skewed") * 1e-6  # scales that are denormal in float16
-    q = quantize_weight(weight, QuantScheme(4, 16, sym=False), as_float16, mse=False)
+    q = quantize_weight(weight, QuantScheme(4, 16, sym=False), as_float16, options=MethodOptions(mse=False))
     codes, scales, _ = by_hand(weight, QuantScheme(4, 16, sym=False), torch.float16)
     assert np.array_equal(q.scales.float().numpy(), scales)
     assert np.array_equal(q.codes.numpy(), codes)

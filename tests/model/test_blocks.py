@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import FAMILIES, SIZES, in_memory, make_model, save, tokens
+from families import FAMILIES, SIZES, in_memory, make_model, multi_modal, save, tokens
 
 from quantool.io import open_checkpoint
 from quantool.model.blocks import Block, States, embed, open_head, stream_blocks
@@ -67,6 +67,20 @@ def test_logits_equal_those_of_the_whole_model(family: str, tmp_path: Path) -> N
     assert wanted.abs().max() > 1
     torch.testing.assert_close(finish(found, states), wanted, rtol=0, atol=1e-5)
     assert live(found) == set()
+
+
+def test_a_multi_modal_model_is_streamed_as_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its vision tower is not even read."""
+    model = multi_modal()
+    found = opened(model, tmp_path)
+    seen = []
+    read = found.checkpoint.read
+    monkeypatch.setattr(found.checkpoint, "read", lambda name: seen.append(name) or read(name))
+    states = start(found)
+    assert [block.name for block in stream(found, states)] == [f"model.language_model.layers.{i}" for i in range(2)]
+    torch.testing.assert_close(finish(found, states), model(input_ids=WINDOWS).logits, rtol=0, atol=1e-5)
+    assert len(seen) > 20
+    assert all(name.startswith("language_model.") for name in seen)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "falcon", "cohere"])

@@ -3,12 +3,15 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
+from conftest import Command, save_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -18,7 +21,7 @@ from quantool.data import TextOptions
 from quantool.errors import QuantoolError, UsageError
 from quantool.recipe import Recipe
 from quantool.stages import quantize
-from quantool.stages.calibrate import CalibrateResult, run
+from quantool.stages.calibrate import CalibrateResult, recorder, run
 
 LINEARS = [
     f"model.layers.{i}.{name}_proj"
@@ -91,6 +94,9 @@ def test_names_dtypes_shapes_and_metadata(
         "dataset": text.dataset,
         "seed": 0,
         "bytes": path.stat().st_size,
+        "starved_experts": 0,
+        "least_expert": None,
+        "least_tokens": None,
     }
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
@@ -119,6 +125,93 @@ def test_statistics_are_those_of_the_whole_model(
         torch.testing.assert_close(
             tensors[f"{name}.act_mean_sq"].double(), inputs[name].square().mean(0), rtol=1e-4, atol=1e-8
         )
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    """Two blocks of 16 experts, 2 to a token."""
+    directory = tmp_path_factory.mktemp("mixture") / "qwen3-moe"
+    families.save(families.make_model("qwen3_moe", vocab_size=320, num_experts=16, seed=1), directory)
+    save_tokenizer(tokenizer, directory)
+    return directory
+
+
+@pytest.mark.parametrize("length", [4, 48])
+def test_experts_see_the_tokens_routed_to_them(
+    mixture: Path, tokenizer: Tokenizer, text: TextOptions, tmp_path: Path, length: int
+) -> None:
+    """Against what reaches the fused experts of transformers; of 16 experts 4 tokens leave at least 8 out."""
+    from transformers import AutoModelForCausalLM
+
+    text = replace(text, num_samples=1 if length == 4 else 5, seq_len=length)
+    model = AutoModelForCausalLM.from_pretrained(mixture, dtype=torch.float32)
+    calls: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for i, layer in enumerate(model.model.layers):
+        layer.mlp.experts.register_forward_pre_hook(lambda _m, args, i=i: calls.__setitem__(i, args[:2]))
+    with torch.inference_mode():
+        model(input_ids=windows_of(tokenizer, text))
+    result = calibrate(mixture, tmp_path / "c.safetensors", text, batch_size=2)
+    tensors = load_file(tmp_path / "c.safetensors")
+
+    counts = {}
+    for i, (hidden, chosen) in calls.items():
+        for expert in range(16):
+            name = f"model.layers.{i}.mlp.experts.{expert}"
+            rows = hidden[(chosen == expert).any(-1)].double()
+            counts[name] = len(rows)
+            assert {int(tensors[f"{name}.{x}_proj.tokens"]) for x in ("gate", "up", "down")} == {len(rows)}
+            for x in ("gate", "up"):
+                amax, mean_sq = (tensors[f"{name}.{x}_proj.act_{kind}"] for kind in ("amax", "mean_sq"))
+                expected = (rows.abs().amax(0), rows.square().mean(0)) if len(rows) else (torch.zeros(32).double(),) * 2
+                torch.testing.assert_close(amax.double(), expected[0], rtol=1e-4, atol=1e-6)
+                torch.testing.assert_close(mean_sq.double(), expected[1], rtol=1e-4, atol=1e-6)
+            assert (tensors[f"{name}.down_proj.act_amax"].max() > 0) == (len(rows) > 0)
+            assert tensors[f"{name}.down_proj.act_amax"].shape == (24,)
+    assert set(tensors) == {"input_ids"} | {
+        f"{name}.{kind}" for name in (*linears_of(counts),) for kind in ("act_amax", "act_mean_sq", "tokens")
+    }
+    assert result.linears == 2 * (16 * 3 + 4)
+    assert result.starved_experts == sum(count < length for count in counts.values())
+    assert result.least_tokens == min(counts.values())
+    assert counts[str(result.least_expert)] == result.least_tokens
+    assert (result.least_tokens == 0) == (length == 4)
+
+
+def linears_of(experts: Iterable[str]) -> list[str]:
+    attention = [f"model.layers.{i}.self_attn.{x}_proj" for i in (0, 1) for x in "qkvo"]
+    return attention + [f"{expert}.{x}_proj" for expert in experts for x in ("gate", "up", "down")]
+
+
+def test_a_batch_without_tokens_changes_nothing() -> None:
+    """Families that loop over all their experts call one without a token with an empty batch."""
+    tensors = {"X.act_amax": torch.zeros(4), "X.act_mean_sq": torch.zeros(4), "X.tokens": torch.zeros(1).long()}
+    x = torch.randn(2, 3, 4)
+    linear = torch.nn.Linear(4, 2)
+    linear.register_forward_pre_hook(recorder(tensors, "X"))
+    for part in (x[:, :0], x[:1], x[:0], x[1:]):
+        linear(part)
+    assert tensors["X.tokens"].tolist() == [6]
+    assert torch.equal(tensors["X.act_amax"], x.abs().amax((0, 1)))
+    torch.testing.assert_close(tensors["X.act_mean_sq"], x.square().mean((0, 1)))
+
+
+def test_a_dry_run_knows_the_experts(mixture: Path, text: TextOptions, tmp_path: Path) -> None:
+    dry = calibrate(mixture, tmp_path / "c.safetensors", text, dry_run=True)
+    done = calibrate(mixture, tmp_path / "c.safetensors", text)
+    assert (dry.linears, dry.bytes) == (done.linears, done.bytes)
+    assert (dry.starved_experts, dry.least_expert, dry.least_tokens) == (0, None, None)
+
+
+def test_the_table_names_starved_experts(command: Command, mixture: Path, text: TextOptions, tmp_path: Path) -> None:
+    args = ("calibrate", mixture, "-o", tmp_path / "c", "--dataset", text.dataset, "--num-samples", 2, "--overwrite")
+    outcome = command(*args, "--seq-len", 4)
+    record = json.loads(command(*args, "--seq-len", 4, "--json").out)
+    assert record["starved_experts"] > 0
+    line = next(line for line in outcome.out.splitlines() if line.startswith("experts"))
+    assert line.split("  ")[-1].strip() == (
+        f"{record['starved_experts']} saw fewer than one window of 4 tokens; "
+        f"the least, {record['least_tokens']}: {record['least_expert']}"
+    )
 
 
 def test_an_existing_file_is_kept(tiny_llama: Path, text: TextOptions, tmp_path: Path) -> None:

@@ -11,25 +11,34 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
+from conftest import save_tokenizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from quantool.data import TextOptions
 from quantool.errors import QuantoolError, UsageError
+from quantool.formats import FORMATS
 from quantool.io import open_checkpoint
+from quantool.options import CALIBRATED
 from quantool.quant import dequantize_affine
-from quantool.recipe import Override, Recipe
+from quantool.recipe import METHOD_DEFAULTS, Override, Recipe
 from quantool.runtime import PackedCheckpoint, load
+from quantool.scheme import METHOD_NAMES, MethodOptions
 from quantool.stages import calibrate
 from quantool.stages.quantize import QuantizeResult, run
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = TextOptions(num_samples=4, seq_len=64)
-RTN, AWQ = Recipe(method="rtn"), Recipe(method="awq", sym=False)
+RTN, AWQ, GPTQ = Recipe(method="rtn"), Recipe(method="awq", sym=False), Recipe(method="gptq")
+BY_DEFAULT = {method: Recipe(method=method, **METHOD_DEFAULTS[method]) for method in METHOD_NAMES}
+SMOOTHQUANT, NF4 = BY_DEFAULT["smoothquant"], BY_DEFAULT["nf4"]
+FOLDING = ("awq", "awq+gptq", "smoothquant")
 LINEARS = [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")]
-SUFFIXES = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape", ".qweight", ".qzeros", ".scales")
+SUFFIXES = tuple(f".{suffix}" for format_ in FORMATS.values() for suffix in format_.SUFFIXES if suffix != "weight")
 
 
 def quantize(model: Path, output: Path | None, recipe: Recipe = RTN, **options: Any) -> QuantizeResult:
@@ -86,6 +95,15 @@ def editable(tiny_llama: Path, tmp_path: Path) -> Path:
         AWQ,
         replace(AWQ, format="awq"),
         replace(AWQ, overrides=(Override("mlp.down_proj", bits=8, group_size=32), Override("o_proj", ignore=True))),
+        replace(GPTQ, format="gptq", group_size=32, options=MethodOptions(actorder="group")),
+        replace(GPTQ, bits=8, group_size=0, act_bits=8),
+        BY_DEFAULT["awq+gptq"],
+        SMOOTHQUANT,
+        replace(SMOOTHQUANT, act_dynamic=False, act_sym=False),
+        NF4,
+        replace(NF4, double_quant=False, group_size=128, ignore=()),
+        BY_DEFAULT["fp4"],
+        BY_DEFAULT["llm-int8"],
     ],
     ids=lambda recipe: f"{recipe.method}-{recipe.format}-{recipe.bits}",
 )
@@ -107,12 +125,13 @@ def test_every_tensor_is_planned_counted_and_written(tiny_llama: Path, tmp_path:
         assert row.bytes == sum(tensor.nbytes for tensor in parts.values()), row.name
         assert row.shape == list(source[row.name].shape)
         assert row.dtype == "BF16"
-        assert (row.action == "quantized") == (row.name not in parts) == bool(row.scheme)
+        as_it_was = row.name in parts and parts[row.name].dtype == source[row.name].dtype
+        assert (row.action == "quantized") == (not as_it_was) == bool(row.scheme)
     assert not by_source
     assert done.quantized == sum(row.action == "quantized" for row in dry.plan)
-    changed = [name for name in source if name in written and not torch.equal(source[name], written[name])]
-    assert done.folded == len(changed)
-    assert (done.folded > 0) == (recipe.method == "awq")
+    copied = [row.name for row in dry.plan if row.action == "copied"]
+    assert done.folded == sum(not torch.equal(source[name], written[name]) for name in copied)
+    assert (done.folded > 0) == (recipe.method in FOLDING)
 
     files = sum(file.stat().st_size for file in out.glob("*.safetensors"))
     assert done.bytes == files
@@ -161,7 +180,7 @@ def test_the_quantized_weights_are_near_the_source(tiny_llama: Path, tmp_path: P
 def test_mse_lowers_the_error_of_every_weight(tiny_llama: Path, tmp_path: Path) -> None:
     errors: list[dict[str, float]] = []
     for mse in (False, True):
-        quantize(tiny_llama, tmp_path / str(mse), replace(RTN, bits=3, mse=mse))
+        quantize(tiny_llama, tmp_path / str(mse), replace(RTN, bits=3, options=MethodOptions(mse=mse)))
         artifact, source = packed(tmp_path / str(mse)), stored(tiny_llama)
         lost = {m: dequantize_affine(artifact.quantized(m)) - source[f"{m}.weight"].float() for m in artifact.schemes}
         errors.append({module: float(difference.square().sum()) for module, difference in lost.items()})
@@ -265,22 +284,24 @@ def test_shards_hold_the_same_tensors(tiny_llama: Path, tiny_sharded: Path, tmp_
             assert name in opened.keys()  # noqa: SIM118 - safe_open is no dict
 
 
-@pytest.mark.parametrize("method", ["rtn", "awq"])
+@pytest.mark.parametrize("method", METHOD_NAMES)
 def test_same_run_same_bytes(tiny_llama: Path, text_file: Path, tmp_path: Path, method: str) -> None:
     text = replace(TEXT, dataset=str(text_file))
+    recipe = BY_DEFAULT[method]
     for name in ("a", "b"):
-        quantize(tiny_llama, tmp_path / name, Recipe(method=method, sym=False), text=text)
+        quantize(tiny_llama, tmp_path / name, recipe, text=text)
     assert identical(tmp_path / "a", tmp_path / "b")
-    quantize(tiny_llama, tmp_path / "c", Recipe(method=method, sym=False), text=replace(text, seed=1))
-    assert identical(tmp_path / "a", tmp_path / "c") == (method == "rtn"), "awq has to depend on its text"
+    quantize(tiny_llama, tmp_path / "c", recipe, text=replace(text, seed=1))
+    assert identical(tmp_path / "a", tmp_path / "c") == (method not in CALIBRATED), "these depend on their text"
 
 
-def test_awq_with_a_calibration_file_is_awq_with_its_text(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", CALIBRATED)
+def test_a_calibration_file_is_its_text(tiny_llama: Path, text_file: Path, tmp_path: Path, method: str) -> None:
     text = replace(TEXT, dataset=str(text_file), seed=3)
-    file = tmp_path / "calibration.safetensors"
+    file, recipe = tmp_path / "calibration.safetensors", BY_DEFAULT[method]
     calibrate.run(str(tiny_llama), file, text=text)
-    quantize(tiny_llama, tmp_path / "inline", AWQ, text=text)
-    quantize(tiny_llama, tmp_path / "file", AWQ, calibration=file, text=TextOptions(dataset="/nowhere.txt"))
+    quantize(tiny_llama, tmp_path / "inline", recipe, text=text)
+    quantize(tiny_llama, tmp_path / "file", recipe, calibration=file, text=TextOptions(dataset="/nowhere.txt"))
     assert len(list((tmp_path / "file").iterdir())) == 5
     assert identical(tmp_path / "inline", tmp_path / "file")
 
@@ -303,13 +324,13 @@ def schemes(directory: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("method", ["rtn", "awq"])
 def test_ignore(tiny_llama: Path, tmp_path: Path, method: str) -> None:
-    ignore = ("lm_head", "mlp.down_proj", "model.layers.1.self_attn.v_proj", r"re:.*layers\.0\.self_attn\.[qk]_proj$")
+    ignore = ("lm_head", "mlp.down_proj", "model.layers.1.self_attn.o_proj", r"re:.*layers\.0\.self_attn\.[qkv]_proj$")
     done = quantize(tiny_llama, tmp_path / "out", Recipe(method=method, ignore=ignore))
-    kept = {"model.layers.1.self_attn.v_proj", "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"}
+    kept = {"model.layers.1.self_attn.o_proj", *(f"model.layers.0.self_attn.{x}_proj" for x in "qkv")}
     kept |= {f"model.layers.{i}.mlp.down_proj" for i in (0, 1)}
     everything = {f"model.layers.{i}.{linear}" for i in (0, 1) for linear in LINEARS}
     assert set(schemes(tmp_path / "out")) == everything - kept
-    assert done.quantized == 14 - 5
+    assert done.quantized == 14 - 6
     assert set(config_of(tmp_path / "out")["quantization_config"]["ignore"]) == kept | {"lm_head"}
     written, source = stored(tmp_path / "out"), stored(tiny_llama)
     for module in kept:
@@ -325,18 +346,65 @@ def test_overrides(tiny_llama: Path, tmp_path: Path, method: str) -> None:
         Override(r"re:.*layers\.1\.", bits=3),
         Override("model.layers.0.self_attn.o_proj", ignore=True),
         Override("mlp.gate_proj", sym=False),
+        Override("mlp.up_proj", sym=False),
     )
     quantize(tiny_llama, tmp_path / "out", Recipe(method=method, group_size=64, overrides=overrides))
     found = schemes(tmp_path / "out")
     expected = dict.fromkeys([f"model.layers.0.{linear}" for linear in LINEARS], "W4A16 sym g64")
     expected |= dict.fromkeys([f"model.layers.1.{linear}" for linear in LINEARS], "W3A16 sym g64")
     expected |= dict.fromkeys([f"model.layers.{i}.mlp.down_proj" for i in (0, 1)], "W8A16 sym channel")
-    expected |= {"model.layers.0.mlp.gate_proj": "W4A16 asym g64"}
+    expected |= dict.fromkeys([f"model.layers.0.mlp.{x}_proj" for x in ("gate", "up")], "W4A16 asym g64")
     del expected["model.layers.0.self_attn.o_proj"]
     assert found == expected
     section = config_of(tmp_path / "out")["quantization_config"]
     assert len(section["config_groups"]) == 4
     assert set(section["ignore"]) == {"model.layers.0.self_attn.o_proj", "lm_head"}
+
+
+def test_each_module_by_the_method_of_its_override(tiny_llama: Path, text_file: Path, tmp_path: Path) -> None:
+    """One by rtn has the codes of an rtn run. Without a scale in block 1, its first linears see what gptq's see."""
+    text = replace(TEXT, dataset=str(text_file))
+    overrides = (Override("down_proj", method="rtn"), Override(r"re:.*layers\.0\.", method="awq"))
+    quantize(tiny_llama, tmp_path / "mixed", replace(GPTQ, overrides=overrides), text=text)
+    found = {"mixed": stored(tmp_path / "mixed")}
+    for method in ("rtn", "gptq", "awq"):
+        quantize(tiny_llama, tmp_path / method, Recipe(method=method), text=text)
+        found[method] = stored(tmp_path / method)
+
+    def same(method: str, name: str) -> bool:
+        return torch.equal(found["mixed"][name], found[method][name])
+
+    for block, linear in ((0, "down_proj"), (1, "down_proj")):
+        assert same("rtn", f"model.layers.{block}.mlp.{linear}.weight_packed")
+        assert not same("gptq", f"model.layers.{block}.mlp.{linear}.weight_packed")
+    assert same("awq", "model.layers.0.input_layernorm.weight")
+    assert same("awq", "model.layers.0.self_attn.q_proj.weight_packed")
+    assert same("rtn", "model.layers.1.input_layernorm.weight"), "gptq folds nothing"
+    assert not same("rtn", "model.layers.1.self_attn.q_proj.weight_packed")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ((Override("q_proj", bits=8),), "q_proj' is W8A16 sym g64: runtimes fuse them into one linear, which has one"),
+        ((Override("v_proj", group_size=32),), "v_proj' is W4A16 sym g32: runtimes fuse them into one linear"),
+        ((Override("k_proj", ignore=True),), "k_proj' is float, 'model.layers.0.self_attn.q_proj' is W4A16 sym g64"),
+        ((Override("layers.1.mlp.up_proj", sym=False),), "'model.layers.1.mlp.up_proj' is W4A16 asym g64: runtimes"),
+        (
+            (Override("mlp.gate_proj", method="rtn"),),
+            "'model.layers.0.mlp.gate_proj' is rtn, 'model.layers.0.mlp.up_proj",
+        ),
+    ],
+    ids=["bits", "group size", "float", "sym", "method"],
+)
+def test_what_runtimes_fuse_has_to_agree(
+    tiny_llama: Path, tmp_path: Path, overrides: tuple[Override, ...], words: str
+) -> None:
+    error = refuses(UsageError, tiny_llama, tmp_path / "out", replace(GPTQ, group_size=64, overrides=overrides))
+    assert words in error.message
+    assert error.hint is not None
+    assert "give both the same" in error.hint
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_patterns_that_match_nothing_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
@@ -418,6 +486,14 @@ def test_only_the_override_that_does_not_divide_is_named(tiny_llama: Path, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("group_size", [-1, 0])
+def test_act_order_without_groups_needs_no_g_idx(tiny_llama: Path, tmp_path: Path, group_size: int) -> None:
+    own = MethodOptions(actorder="group")
+    done = quantize(tiny_llama, tmp_path / "out", replace(GPTQ, group_size=group_size, options=own))
+    assert (done.format, done.quantized) == ("compressed-tensors", 14)
+    assert not [name for name in stored(tmp_path / "out") if name.endswith("g_idx")]
+
+
 # --- refusals
 
 
@@ -463,8 +539,8 @@ def test_the_awq_format_refuses_other_widths(tiny_llama: Path, tmp_path: Path, m
     assert "W4A16" in error.message
     assert error.hint is not None
     assert "compressed-tensors" in error.hint
-    mixed = Recipe(method=method, format="awq", group_size=64, overrides=(Override("q_proj", group_size=32),))
-    error = refuses(QuantoolError, tiny_llama, tmp_path / "out", mixed)
+    mixed = Recipe(method=method, format="awq", group_size=64, overrides=(Override("o_proj", group_size=32),))
+    error = refuses(UsageError, tiny_llama, tmp_path / "out", mixed)
     assert "one group size for all modules" in error.message
     assert list(tmp_path.iterdir()) == []
 
@@ -525,3 +601,74 @@ finally:
     )
     assert (done.returncode, done.stderr) == (0, "[] []\n")
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+# --- experts
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Path:
+    """Two blocks of 8 experts, 2 to a token, in a width that groups divide."""
+    directory = tmp_path_factory.mktemp("mixture") / "qwen3-moe"
+    sizes = families.wide("qwen3_moe", vocab_size=320, num_experts=8)
+    families.save(families.make_model("qwen3_moe", seed=1, **sizes), directory)
+    save_tokenizer(tokenizer, directory)
+    return directory
+
+
+FEW = TextOptions(num_samples=1, seq_len=6)
+
+
+@pytest.mark.parametrize("method", CALIBRATED)
+def test_starved_experts(mixture: Path, tmp_path: Path, method: str) -> None:
+    """Six tokens go to twelve places among eight experts: most get fewer than one window's worth."""
+    recipe, out = BY_DEFAULT[method], tmp_path / "out"
+    if method != "smoothquant":
+        recipe = replace(recipe, group_size=32)
+    error = refuses(QuantoolError, mixture, out, recipe, text=FEW)
+    assert re.search(
+        r"experts of model.layers.0 saw too few calibration tokens: 'model\.layers\.0\.mlp\.", error.message
+    )
+    assert "expected at least 6 of each expert" in error.message
+    assert error.hint is not None
+    assert "--starved-experts all-tokens or rtn" in error.hint
+    assert list(tmp_path.iterdir()) == []
+    written = []
+    for choice, words in (("all-tokens", "calibrated with all tokens"), ("rtn", "rounded to nearest")):
+        options = MethodOptions(starved_experts=choice)
+        done = quantize(mixture, tmp_path / choice, replace(recipe, options=options), text=FEW)
+        notes = [note for note in done.notes if "too few calibration tokens" in note]
+        assert len(notes) == 2, "one for each block"
+        assert all(note.endswith(words) for note in notes)
+        written.append(stored(tmp_path / choice))
+    assert any(not torch.equal(tensor, written[1][name]) for name, tensor in written[0].items())
+
+
+def test_a_calibration_file_that_starves_experts(mixture: Path, tmp_path: Path) -> None:
+    """Known from the file, so said before any work."""
+
+    def worked(done: int, total: int, label: str) -> None:
+        raise AssertionError("no work before the refusal")
+
+    file = tmp_path / "calibration.safetensors"
+    calibrate.run(str(mixture), file, text=TextOptions(num_samples=4, seq_len=12))
+    seen = {name: int(count) for name, count in load_file(file).items() if name.endswith("up_proj.tokens")}
+    starved = [name.removesuffix(".up_proj.tokens") for name, count in seen.items() if count < 12]
+    assert len(starved) > 4, "no more than four are named"
+    assert min(seen.values()) >= 1
+    recipe = replace(GPTQ, group_size=32)
+    error = refuses(QuantoolError, mixture, tmp_path / "out", recipe, calibration=file, progress=worked)
+    words = f"{len(starved)} experts of {file} saw too few calibration tokens: "
+    assert error.message.startswith(words)
+    named = dict(re.findall(r"'(\S+)' \((\d+)\)", error.message))
+    assert len(named) == 4
+    assert all(seen[f"{name}.up_proj.tokens"] == int(count) for name, count in named.items())
+    assert error.message.endswith(f"and {len(starved) - 4} more, expected at least 12 of each expert")
+
+    by_rtn = replace(recipe, overrides=(Override(r"re:.*\.experts\.", method="rtn"),))
+    chosen = [MethodOptions(starved_experts="rtn"), MethodOptions(min_expert_tokens=1)]
+    for own in (by_rtn, *(replace(recipe, options=options) for options in chosen)):
+        with pytest.raises(AssertionError, match="no work"):
+            quantize(mixture, tmp_path / "out", own, calibration=file, progress=worked)
+    floats = (*recipe.ignore, r"re:.*\.experts\.")
+    assert quantize(mixture, tmp_path / "out", replace(recipe, ignore=floats), calibration=file).quantized == 8

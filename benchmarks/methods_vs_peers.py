@@ -1,16 +1,17 @@
-"""quantool beside llm-compressor: RTN, GPTQ and AWQ on SmolLM2-135M, 4 bits, asymmetric, groups of 64.
+"""quantool's methods beside llm-compressor's and bitsandbytes' on SmolLM2-135M: 4 bits in groups of 64, W8A8, NF4.
 
-Usage: awq_vs_peers.py [--peer-python PYTHON] [--model DIR] [--only ROW ...] [--rows]      (10 minutes, 2 quiet cores)
+Usage: methods_vs_peers.py [--peer-python PYTHON] [--model DIR] [--only ROW ...] [--rows]  (20 minutes, 2 quiet cores)
 
 Every quantizer runs in its own process, calibrated on the first 32 windows of 512 tokens of c4.utf8; wall seconds and
 peak memory are those of the whole process, the start of Python included. Every artifact is judged twice on the first
 12 windows of 512 tokens of wiki.test.raw: by transformers, without a line of quantool (perplexity, KLD, top-1), and by
-`quantool eval-ppl` (the last column), which has to agree. Writes results/awq_vs_peers.json when every row was run.
+`quantool eval-ppl` (the last column), which has to agree. The tensors of the two NF4 artifacts are compared bit by bit.
+Writes results/methods_vs_peers.json when every row was run.
 
 With --rows the text is that of the `datasets` library's WikiText-2, its rows joined by blank lines as many papers do:
 the same lines with more line breaks between them. The original's perplexity is 34.54 there, 34.02 on the file as it is.
 
-The peer lives in its own virtual environment, build/peer-venv, made on the first run with the versions below.
+The peers live in a virtual environment of their own, build/peer-venv, made on the first run with the versions below.
 """
 
 import argparse
@@ -24,18 +25,39 @@ from typing import Any
 from measure import QUANTOOL, ROOT, SHARED, Run, machine, measure, print_table, save
 
 BUILD = ROOT / "build"
-PEER_SCRIPT = Path(__file__).with_name("peer_llmcompressor.py")
-PEER_PACKAGES = ("torch==2.13.0", "llmcompressor==0.14.0", "compressed-tensors==0.19.0", "transformers==5.17.0")
+PEER_SCRIPT = Path(__file__).with_name("peers.py")
+PEER_PACKAGES = (
+    "torch==2.13.0",
+    "llmcompressor==0.14.0",
+    "compressed-tensors==0.19.0",
+    "transformers==5.17.0",
+    "bitsandbytes==0.50.2",
+)
 CALIBRATION = ("--dataset", str(SHARED / "data" / "c4.utf8"), "--num-samples", "32", "--seq-len", "512")
 WIKITEXT = SHARED / "data" / "wiki.test.raw"
 EVALUATION = ("--num-samples", "12", "--seq-len", "512")
-SCHEME = ("--bits", "4", "--asym", "--group-size", "64")
-ROWS = {
-    "llm-compressor RTN": "rtn",
-    "llm-compressor GPTQ": "gptq",
-    "quantool RTN": "rtn",
-    "quantool AWQ": "awq",
+# row -> method and its options; a row of a peer is one that does not begin with quantool
+ROWS: dict[str, tuple[str, ...]] = {
+    "llm-compressor RTN asym": ("rtn",),
+    "quantool RTN asym": ("rtn", "--asym", "--group-size", "64"),
+    "llm-compressor GPTQ asym": ("gptq",),
+    "quantool GPTQ asym": ("gptq", "--asym", "--group-size", "64"),
+    "quantool AWQ asym": ("awq", "--asym", "--group-size", "64"),
+    "quantool AWQ+GPTQ asym": ("awq+gptq", "--asym", "--group-size", "64"),
+    "llm-compressor GPTQ sym": ("gptq", "--sym"),
+    "quantool GPTQ sym": ("gptq", "--sym", "--group-size", "64"),
+    "quantool AWQ+GPTQ sym": ("awq+gptq", "--sym", "--group-size", "64"),
+    "llm-compressor SmoothQuant W8A8": ("smoothquant",),
+    "quantool SmoothQuant W8A8": ("smoothquant",),
+    "bitsandbytes NF4 double": ("nf4",),
+    "quantool NF4 double": ("nf4",),
 }
+UNCALIBRATED = ("rtn", "nf4")
+RATIOS = (
+    ("quantool GPTQ asym", "llm-compressor GPTQ asym"),
+    ("quantool GPTQ sym", "llm-compressor GPTQ sym"),
+    ("quantool SmoothQuant W8A8", "llm-compressor SmoothQuant W8A8"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +106,14 @@ def quantize(setup: Setup, row: str) -> tuple[str, Run]:
     """Make one artifact in a process of its own."""
     artifact = str(setup.folder / row.replace(" ", "-"))
     shutil.rmtree(artifact, ignore_errors=True)
-    method = ("--method", ROWS[row])
+    name, *options = ROWS[row]
     if row.startswith("quantool"):
-        text = CALIBRATION if ROWS[row] == "awq" else ()
+        text = () if name in UNCALIBRATED else CALIBRATION
         return artifact, measure(
-            (*QUANTOOL, "quantize", setup.model, "-o", artifact, *method, *SCHEME, *text, "--json")
+            (*QUANTOOL, "quantize", setup.model, "-o", artifact, "--method", name, *options, *text, "--json")
         )
-    command = (setup.peer_python, str(PEER_SCRIPT), "quantize", setup.model, artifact, *method, *CALIBRATION)
-    return artifact, measure(command, cwd=setup.folder, log=setup.log(row))
+    command = (setup.peer_python, str(PEER_SCRIPT), "quantize", setup.model, artifact, "--method", name, *options)
+    return artifact, measure((*command, *CALIBRATION), cwd=setup.folder, log=setup.log(row))
 
 
 def evaluate(setup: Setup, row: str, artifact: str) -> dict[str, Any]:
@@ -131,15 +153,32 @@ def report(rows: dict[str, dict[str, Any]]) -> None:
         )
         table.append((name, *quality, *cost, f"{r['quantool_kl_divergence']:.4f}"))
     print_table(header, table)
-    awq, gptq = rows.get("quantool AWQ"), rows.get("llm-compressor GPTQ")
-    if awq and gptq:
-        ratios = {k: awq[k] / gptq[k] for k in ("kl_divergence", "seconds", "peak_bytes")}
-        print("quantool AWQ / llm-compressor GPTQ: " + ", ".join(f"{k} {v:.2f}" for k, v in ratios.items()))
+    for ours, peer in RATIOS:
+        if ours in rows and peer in rows:
+            ratios = {k: rows[ours][k] / rows[peer][k] for k in ("kl_divergence", "seconds", "peak_bytes")}
+            print(f"{ours} / {peer}: " + ", ".join(f"{k} {v:.2f}" for k, v in ratios.items()))
+
+
+def same_tensors(a: Path, b: Path) -> dict[str, int]:
+    """How many tensors of two artifacts are equal bit for bit, and how many there are in either."""
+    from safetensors.torch import load_file
+
+    left, right = (
+        {k: v for file in sorted(p.glob("*.safetensors")) for k, v in load_file(file).items()} for p in (a, b)
+    )
+    equal = sum(name in right and raw(left[name]) == raw(right[name]) for name in left)
+    return {"equal": equal, "tensors": len(left.keys() | right.keys())}
+
+
+def raw(tensor: Any) -> tuple[Any, ...]:
+    import torch
+
+    return tensor.dtype, tuple(tensor.shape), tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peer-python", help="interpreter that has llm-compressor 0.14.0 (default: build/peer-venv)")
+    parser.add_argument("--peer-python", help="interpreter that has the peers (default: build/peer-venv)")
     parser.add_argument("--model", help="float checkpoint (default: build/smollm2)")
     parser.add_argument(
         "--only", action="append", choices=("original", *ROWS), help="measure this row only; repeatable"
@@ -148,16 +187,20 @@ def main() -> None:
     args = parser.parse_args()
     if not WIKITEXT.exists():
         raise SystemExit(f"error: {WIKITEXT}: not found\nhint: this benchmark needs c4.utf8 and wiki.test.raw there")
-    folder = BUILD / "awq_vs_peers"
+    folder = BUILD / "methods_vs_peers"
     folder.mkdir(parents=True, exist_ok=True)
     before = machine()
     text = text_as_rows(folder) if args.rows else WIKITEXT
     setup = Setup(args.model or build_model(), args.peer_python or build_peer(), text, folder)
     rows = {row: measure_row(setup, row) for row in args.only or ("original", *ROWS)}
     report(rows)
+    nf4 = {}
+    if {"bitsandbytes NF4 double", "quantool NF4 double"} <= rows.keys():
+        nf4 = same_tensors(folder / "bitsandbytes-NF4-double", folder / "quantool-NF4-double")
+        print(f"NF4: {nf4['equal']} of {nf4['tensors']} tensors are equal bit for bit")
     if not args.only:
-        name = "awq_vs_peers_rows" if args.rows else "awq_vs_peers"
-        path = save(name, {"machine": before, "text": text.name, "rows": rows})
+        name = "methods_vs_peers_rows" if args.rows else "methods_vs_peers"
+        path = save(name, {"machine": before, "text": text.name, "rows": rows, "nf4": nf4})
         print(f"wrote {path.relative_to(ROOT)}", file=sys.stderr)
 
 

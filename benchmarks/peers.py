@@ -1,11 +1,14 @@
-"""The peer's half of awq_vs_peers.py: llm-compressor, run by the interpreter of its own virtual environment.
+"""The peers' half of methods_vs_peers.py, run by the interpreter of their own virtual environment.
 
-Usage: peer_llmcompressor.py quantize MODEL OUTPUT --method rtn|gptq --dataset FILE
-       peer_llmcompressor.py evaluate ARTIFACT --reference MODEL --dataset FILE
+Usage: peers.py quantize MODEL OUTPUT --method rtn|gptq|smoothquant|nf4 [--sym] --dataset FILE
+       peers.py evaluate ARTIFACT --reference MODEL --dataset FILE
 
-`quantize` is llm-compressor's `oneshot`: W4A16, asymmetric, groups of 64, `lm_head` left alone, defaults otherwise. The
+rtn, gptq and smoothquant are llm-compressor's `oneshot`: W4A16 in groups of 64, or W8A8 with dynamic activations after
+SmoothQuant of strength 0.8 and GPTQ (the recipe of its documentation), `lm_head` left alone, defaults otherwise. The
 model is loaded in float32, which serves the peer best (KLD of its RTN: 0.370; loaded in the checkpoint's bf16: 0.378).
-`evaluate` knows nothing of quantool either: transformers loads the artifact (through the compressed-tensors package)
+nf4 is bitsandbytes through transformers, from the checkpoint's own bf16, with double quantization.
+
+`evaluate` knows nothing of quantool either: transformers loads the artifact (through the package that wrote its format)
 and the float model, both in float32, and compares their logits. Prints one JSON object.
 """
 
@@ -19,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 GROUP_SIZE = 64
-VERSIONS = ("llmcompressor", "compressed-tensors", "transformers", "torch")
+VERSIONS = ("llmcompressor", "compressed-tensors", "bitsandbytes", "transformers", "torch")
 
 
 def token_windows(tokenizer_of: str, dataset: Path, num_samples: int, seq_len: int) -> torch.Tensor:
@@ -32,20 +35,14 @@ def token_windows(tokenizer_of: str, dataset: Path, num_samples: int, seq_len: i
 
 
 def quantize(args: argparse.Namespace) -> dict[str, object]:
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    if args.method == "nf4":
+        return quantize_nf4(args)
     from datasets import Dataset
     from llmcompressor import oneshot
-    from llmcompressor.modifiers.gptq import GPTQModifier
-    from llmcompressor.modifiers.quantization import QuantizationModifier
 
-    weights = QuantizationArgs(num_bits=4, type="int", symmetric=False, strategy="group", group_size=GROUP_SIZE)
-    modifier = {"rtn": QuantizationModifier, "gptq": GPTQModifier}[args.method]
-    recipe = modifier(
-        config_groups={"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}, ignore=["lm_head"]
-    )
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     if args.method == "rtn":
-        oneshot(model=model, recipe=recipe)
+        oneshot(model=model, recipe=modifiers(args))
     else:
         windows = token_windows(args.model, args.dataset, args.num_samples, args.seq_len)
         dataset = Dataset.from_dict(
@@ -53,12 +50,38 @@ def quantize(args: argparse.Namespace) -> dict[str, object]:
         )
         oneshot(
             model=model,
-            recipe=recipe,
+            recipe=modifiers(args),
             dataset=dataset,
             max_seq_length=args.seq_len,
             num_calibration_samples=args.num_samples,
         )
     model.save_pretrained(args.output, save_compressed=True)
+    AutoTokenizer.from_pretrained(args.model).save_pretrained(args.output)
+    return {"output": args.output}
+
+
+def modifiers(args: argparse.Namespace) -> list[object]:
+    """llm-compressor's recipe for a method."""
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
+
+    if args.method == "smoothquant":
+        rounding = GPTQModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])
+        return [SmoothQuantModifier(smoothing_strength=0.8), rounding]
+    weights = QuantizationArgs(num_bits=4, type="int", symmetric=args.sym, strategy="group", group_size=GROUP_SIZE)
+    groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}
+    modifier = {"rtn": QuantizationModifier, "gptq": GPTQModifier}[args.method]
+    return [modifier(config_groups=groups, ignore=["lm_head"])]
+
+
+def quantize_nf4(args: argparse.Namespace) -> dict[str, object]:
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = AutoModelForCausalLM.from_pretrained(args.model, quantization_config=config, device_map="cpu")
+    model.save_pretrained(args.output)
     AutoTokenizer.from_pretrained(args.model).save_pretrained(args.output)
     return {"output": args.output}
 
@@ -93,8 +116,8 @@ def main() -> None:
         command.add_argument("--seq-len", type=int, default=512)
         if function is quantize:
             command.add_argument("output")
-            command.add_argument("--dtype", choices=("auto", "float32"), default="float32")
-            command.add_argument("--method", choices=("rtn", "gptq"), required=True)
+            command.add_argument("--method", choices=("rtn", "gptq", "smoothquant", "nf4"), required=True)
+            command.add_argument("--sym", action="store_true")
         else:
             command.add_argument("--reference", required=True)
     args = parser.parse_args()

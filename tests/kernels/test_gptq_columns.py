@@ -1,0 +1,210 @@
+"""GPTQ's column loop: the compiled one is torch's bit for bit, and both are the algorithm spelled out in float64."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from quantool import kernels
+from quantool.kernels import ops
+
+Arguments = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]
+
+
+@pytest.fixture
+def needs_kernels() -> None:
+    reason = kernels.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@dataclass(frozen=True)
+class Case:
+    rows: int
+    columns: int
+    groups: int
+    bits: int
+    sym: bool = True
+    values: str = "normal"
+    scattered: bool = False  # the groups of an act-order
+    strided: bool = False  # columns of a wider matrix
+    seed: int = 0
+
+    def arguments(self) -> Arguments:
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, generator=generator)
+
+        max_code = (1 << self.bits) - 1
+        weight = normal(self.rows, self.columns + 3)
+        weight = weight[:, 2:-1] if self.strided else weight[:, : self.columns].contiguous()
+        if self.values == "constant":
+            weight[:] = weight[:, :1]
+        elif self.values == "zeros":
+            weight.zero_()
+        elif self.values == "large":
+            weight.mul_(1e36)
+        elif self.values == "small":
+            weight.mul_(1e-40)
+        factor = (0.2 * normal(self.columns, self.columns)).triu(1)
+        factor.diagonal().copy_(0.5 + normal(self.columns).abs())
+        scales = (0.5 + normal(self.rows, self.groups).abs()) * 4 / max_code
+        zeros = torch.full_like(scales, (max_code + 1) / 2)
+        if not self.sym:
+            zeros = torch.randint(0, max_code + 1, zeros.shape, generator=generator).float()
+        groups = (torch.arange(self.columns) * self.groups // self.columns).to(torch.int32)
+        if self.scattered:
+            groups = groups[torch.randperm(self.columns, generator=generator)]
+        if self.values == "ties":  # half way between two codes, until an error reaches the column
+            weight.copy_((scales[:, groups] * 16).round() / 16 * (weight.round() + 0.5))
+            scales = (scales * 16).round().clamp(min=1) / 16
+        return weight, factor, scales, zeros, groups, max_code
+
+
+CASES = st.builds(
+    Case,
+    rows=st.integers(1, 200),
+    columns=st.integers(1, 200),
+    groups=st.integers(1, 9),
+    bits=st.integers(2, 8),
+    sym=st.booleans(),
+    values=st.sampled_from(["normal", "constant", "zeros", "large", "small", "ties"]),
+    scattered=st.booleans(),
+    strided=st.booleans(),
+    seed=st.integers(0, 99),
+)
+
+
+def require_same(found: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """To the bit, the bits of a NaN aside, and to the stride."""
+    for a, b in zip(found, expected, strict=True):
+        assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
+    assert torch.equal(found[0], expected[0])
+    bits = [errors.masked_fill(errors.isnan(), math.nan).T.view(torch.int32) for errors in (found[1], expected[1])]
+    assert torch.equal(*bits)
+
+
+@pytest.mark.usefixtures("needs_kernels")
+@settings(deadline=None, max_examples=100)
+@given(case=CASES)
+@example(case=Case(200, 130, 3, 4, sym=False))
+@example(case=Case(64, 128, 2, 4, strided=True))
+@example(case=Case(1, 1, 1, 2))
+@example(case=Case(65, 40, 1, 8, values="large"))
+@example(case=Case(65, 40, 1, 2, values="ties"))
+def test_compiled_is_torch_to_the_bit(case: Case) -> None:
+    arguments = case.arguments()
+    before = arguments[0].clone()
+    require_same(ops.gptq_columns(*arguments), ops.gptq_columns_reference(*arguments))
+    assert torch.equal(arguments[0], before)
+
+
+@pytest.mark.usefixtures("needs_kernels")
+@pytest.mark.parametrize(("rows", "columns"), [(0, 5), (5, 0)])
+def test_compiled_has_no_rows_or_no_columns(rows: int, columns: int) -> None:
+    arguments = (
+        torch.ones(rows, columns),
+        torch.eye(columns),
+        torch.ones(rows, 1),
+        torch.ones(rows, 1),
+        torch.zeros(columns, dtype=torch.int32),
+        15,
+    )
+    require_same(ops.gptq_columns(*arguments), ops.gptq_columns_reference(*arguments))
+
+
+@pytest.mark.usefixtures("needs_kernels")
+def test_a_scale_of_zero_or_nan_is_seen_in_the_errors_only() -> None:
+    arguments = Case(70, 20, 1, 4).arguments()
+    arguments[2][3], arguments[2][66] = 0, math.nan
+    arguments[0][3, 0] = 0  # 0 / 0
+    codes, errors = ops.gptq_columns(*arguments)
+    require_same((codes, errors), ops.gptq_columns_reference(*arguments))
+    assert codes[3, 0] == 0
+    assert not codes[66].any()
+    assert bool(errors[66].isnan().all())
+    assert not errors[[*range(3), *range(4, 66), *range(67, 70)]].isnan().any()
+
+
+@pytest.mark.usefixtures("needs_kernels")
+def test_the_compiled_loop_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(ops, "gptq_columns_reference")
+    ops.gptq_columns(*Case(10, 10, 1, 4).arguments())
+    monkeypatch.setenv("QUANTOOL_KERNELS", "0")
+    with pytest.raises(NameError, match="gptq_columns_reference"):
+        ops.gptq_columns(*Case(10, 10, 1, 4).arguments())
+
+
+@pytest.mark.usefixtures("needs_kernels")
+def test_any_number_of_threads_gives_the_same() -> None:
+    arguments = Case(200, 130, 2, 4).arguments()
+    expected = ops.gptq_columns_reference(*arguments)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            require_same(ops.gptq_columns(*arguments), expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def one_column_at_a_time(arguments: Arguments) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes, errors, and how far each weight was from a tie, in steps: algorithm 1 of the paper in float64."""
+    weight, U, scales, zeros = (tensor.double().numpy().copy() for tensor in arguments[:4])
+    groups, max_code = arguments[4].numpy(), arguments[5]
+    codes, errors, gaps = np.empty(weight.shape), np.empty(weight.shape), np.empty(weight.shape)
+    for i in range(weight.shape[1]):
+        scale, zero = scales[:, groups[i]], zeros[:, groups[i]]
+        steps = weight[:, i] / scale
+        codes[:, i] = np.clip(np.rint(steps) + zero, 0, max_code)
+        gaps[:, i] = np.abs(steps - np.floor(steps) - 0.5)
+        errors[:, i] = (weight[:, i] - scale * (codes[:, i] - zero)) / U[i, i]
+        weight[:, i + 1 :] -= np.outer(errors[:, i], U[i, i + 1 :])
+    return codes, errors, gaps
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    "case", [Case(128, 64, 4, 4, sym=False), Case(96, 64, 1, 3), Case(96, 48, 3, 8, scattered=True)]
+)
+def test_both_are_the_algorithm(case: Case, compiled: bool, request: pytest.FixtureRequest) -> None:
+    if compiled:
+        request.getfixturevalue("needs_kernels")
+    function = ops.gptq_columns if compiled else ops.gptq_columns_reference
+    codes, errors = function(*case.arguments())
+    expected_codes, expected_errors, gaps = one_column_at_a_time(case.arguments())
+    clear = gaps.min(1) > 1e-4  # beside a tie float32 may fall to the other side, and its row goes another way
+    assert clear.mean() > 0.9
+    assert np.array_equal(codes.numpy()[clear], expected_codes[clear])
+    np.testing.assert_allclose(errors.numpy()[clear], expected_errors[clear], rtol=1e-3, atol=1e-4)
+
+
+def test_torch_accepts_it() -> None:
+    torch.library.opcheck(ops.gptq_columns, Case(20, 12, 3, 4).arguments())
+    torch.library.opcheck(ops.gptq_columns, Case(20, 12, 3, 4, strided=True).arguments())
+
+
+MISFITS = {
+    "hinv": lambda a: (a[0], a[1][:, :-1], *a[2:]),
+    "scales": lambda a: (*a[:2], a[2][1:], *a[3:]),
+    "zeros": lambda a: (*a[:3], a[3][:, 1:], *a[4:]),
+    "groups": lambda a: (*a[:4], a[4][1:], a[5]),
+    "dtype": lambda a: (a[0].double(), *a[1:]),
+    "group dtype": lambda a: (*a[:4], a[4].long(), a[5]),
+    "group 3 of 3": lambda a: (*a[:4], a[4] + 1, a[5]),
+    "group -1": lambda a: (*a[:4], a[4] - 1, a[5]),
+    "codes of 9 bits": lambda a: (*a[:5], 511),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+@pytest.mark.parametrize("function", [ops.gptq_columns, ops.gptq_columns_reference], ids=["op", "reference"])
+def test_arguments_that_do_not_fit_are_refused(function: Callable[..., object], misfit: str) -> None:
+    with pytest.raises(ValueError, match=r"do not fit|groups are|max_code is"):
+        function(*MISFITS[misfit](Case(20, 12, 3, 4).arguments()))
