@@ -222,7 +222,9 @@ def computes(command: str) -> Decorator:
     environment = [f"QUANTOOL_{command}_DEVICE", "QUANTOOL_DEVICE"]
     device_help = "auto, cpu, cuda or cuda:N.  [env: QUANTOOL_DEVICE]"
     return together(
-        click.option("--batch-size", type=COUNT, metavar="N", default=1, help="Windows that run at once."),
+        click.option(
+            "--batch-size", type=COUNT, metavar="N", help="Windows that run at once.  [default: 1024 tokens' worth]"
+        ),
         click.option("--dtype", type=dtypes, default="auto", help="Compute dtype."),
         click.option(
             "--device", type=parse_device, metavar="DEVICE", default="auto", envvar=environment, help=device_help

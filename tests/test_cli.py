@@ -243,7 +243,7 @@ def test_defaults(run: Callable[..., Outcome], stages: Stages) -> None:
     assert kwargs == {
         "calibration": None,
         "text": TextOptions(),
-        "batch_size": 1,
+        "batch_size": None,
         "max_shard_size": 5_000_000_000,
         "dtype": "auto",
         "device": "auto",

@@ -22,6 +22,7 @@ from torch import nn
 from quantool.model.skeleton import Network, materialise, release, tensors_of
 
 PROBE_TOKENS = 16
+BATCH_TOKENS = 1024  # on two cores a tenth faster than 512; 2048 gain nothing more and take a third more memory
 Head = Callable[[torch.Tensor], torch.Tensor]
 """Hidden states [1, T, hidden] after the last block -> logits [T, vocab], any T."""
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -88,8 +89,11 @@ def _stubs(network: Network, make: Callable[[int, nn.Module], Stub]) -> Iterator
             del block.forward
 
 
-def embed(network: Network, windows: torch.Tensor, *, batch_size: int) -> States:
-    """Hidden states before block 0 of token windows int64 [num_samples, seq_len], and the call of every block."""
+def embed(network: Network, windows: torch.Tensor, *, batch_size: int | None) -> States:
+    """Hidden states before block 0 of token windows int64 [num_samples, seq_len], and the call of every block.
+
+    `batch_size` None is as many windows as BATCH_TOKENS hold, at least one.
+    """
     head = network.model.get_output_embeddings()
     tied = getattr(head, "weight", None) is network.model.get_input_embeddings().weight
     head_name = next((n for n, m in network.model.named_modules() if m is head), None)
@@ -119,7 +123,7 @@ def embed(network: Network, windows: torch.Tensor, *, batch_size: int) -> States
         for short in (windows[:1, :PROBE_TOKENS], windows[:1]):
             base(input_ids=short.to(network.device), use_cache=False)
         states.hidden.clear()
-        for batch in windows.split(batch_size):
+        for batch in windows.split(batch_size or max(1, BATCH_TOKENS // windows.shape[1])):
             base(input_ids=batch.to(network.device), use_cache=False)
     release(network, outside + first)
     return states

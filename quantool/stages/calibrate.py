@@ -57,7 +57,7 @@ def run(
     output: Path,
     *,
     text: TextOptions,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
     dry_run: bool = False,
@@ -125,7 +125,9 @@ def _stored_name(network: Network, linear: str) -> str:
     return network.names[weight].rpartition(".")[0]
 
 
-def record(network: Network, windows: torch.Tensor, batch_size: int, progress: Progress) -> dict[str, torch.Tensor]:
+def record(
+    network: Network, windows: torch.Tensor, batch_size: int | None, progress: Progress
+) -> dict[str, torch.Tensor]:
     """Statistics of every linear's input, under the names that the checkpoint gives its weights."""
     tensors: dict[str, torch.Tensor] = {}
     total = len(network.block_names)

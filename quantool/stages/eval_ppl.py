@@ -59,7 +59,7 @@ def run(
     text: TextOptions,
     stride: int | None = None,
     reference: str | None = None,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
     progress: Progress = no_progress,
@@ -85,7 +85,7 @@ def run(
 
 
 def _hidden_states(
-    network: Network, windows: torch.Tensor, *, batch_size: int, done: int, total: int, progress: Progress
+    network: Network, windows: torch.Tensor, *, batch_size: int | None, done: int, total: int, progress: Progress
 ) -> States:
     """What the last block puts out."""
     progress(done, total, "running")

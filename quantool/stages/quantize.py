@@ -43,7 +43,7 @@ def run(
     *,
     calibration: Path | None = None,
     text: TextOptions,
-    batch_size: int = 1,
+    batch_size: int | None = None,
     max_shard_size: int = 5_000_000_000,
     dtype: str = "auto",
     device: str = "auto",
@@ -197,7 +197,7 @@ def _quantize_weight(job: _Job, name: str, method: WeightMethod, options: Method
     job.checkpoint.drop(name)
 
 
-def _quantize_blocks(job: _Job, network: Network, windows: torch.Tensor, batch_size: int) -> int:
+def _quantize_blocks(job: _Job, network: Network, windows: torch.Tensor, batch_size: int | None) -> int:
     """Block by block; returns how many tensors a scale was folded into."""
     names = network.names
     modules = {name: names[f"{name}.weight"].removesuffix(".weight") for name in _block_linears(network)}
