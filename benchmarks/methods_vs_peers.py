@@ -1,11 +1,11 @@
 """quantool's methods beside llm-compressor's and bitsandbytes' on SmolLM2-135M: 4 bits in groups of 64, W8A8, NF4.
 
-Usage: methods_vs_peers.py [--peer-python PYTHON] [--model DIR] [--only ROW ...] [--rows]  (20 minutes, 2 quiet cores)
+Usage: methods_vs_peers.py [--peer-python PYTHON] [--model DIR] [--only ROW ...] [--rows] [--twice]   (25 minutes)
 
 Every quantizer runs in its own process, calibrated on the first 32 windows of 512 tokens of c4.utf8; wall seconds and
-peak memory are those of the whole process, the start of Python included. Every artifact is judged twice on the first
-12 windows of 512 tokens of wiki.test.raw: by transformers, without a line of quantool (perplexity, KLD, top-1), and by
-`quantool eval-ppl` (the last column), which has to agree. The tensors of the two NF4 artifacts are compared bit by bit.
+peak memory are those of the whole process, the start of Python included. Every artifact is judged on the first 12
+windows of 512 tokens of wiki.test.raw by transformers, without a line of quantool (perplexity, KLD, top-1), and with
+--twice by `quantool eval-ppl` too, which has to agree. The tensors of the two NF4 artifacts are compared bit by bit.
 Writes results/methods_vs_peers.json when every row was run.
 
 With --rows the text is that of the `datasets` library's WikiText-2, its rows joined by blank lines as many papers do:
@@ -52,6 +52,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "bitsandbytes NF4 double": ("nf4",),
     "quantool NF4 double": ("nf4",),
 }
+FIGURES = ("perplexity", "kl_divergence", "top1_agreement")
 UNCALIBRATED = ("rtn", "nf4")
 RATIOS = (
     ("quantool GPTQ asym", "llm-compressor GPTQ asym"),
@@ -68,6 +69,7 @@ class Setup:
     peer_python: str
     text: Path
     folder: Path
+    twice: bool
 
     def log(self, row: str) -> Path:
         return self.folder / (row.replace(" ", "-") + ".log")
@@ -117,15 +119,16 @@ def quantize(setup: Setup, row: str) -> tuple[str, Run]:
 
 
 def evaluate(setup: Setup, row: str, artifact: str) -> dict[str, Any]:
-    """What transformers finds (`perplexity`, ...), and the same from quantool (`quantool_*`)."""
+    """What transformers finds (`perplexity`, ...), and with --twice the same from quantool (`quantool_*`)."""
     compare = ("--reference", setup.model, "--dataset", str(setup.text), *EVALUATION)
     peer = measure(
         (setup.peer_python, str(PEER_SCRIPT), "evaluate", artifact, *compare), log=setup.log(f"{row} eval")
     ).json()
-    ours = measure((*QUANTOOL, "eval-ppl", artifact, *compare, "--json")).json()
-    figures = ("perplexity", "kl_divergence", "top1_agreement")
-    by_quantool = {f"quantool_{key}": ours[key] for key in figures}
-    return {**{key: peer[key] for key in figures}, **by_quantool, "peer_versions": peer["versions"]}
+    figures = {key: peer[key] for key in FIGURES}
+    if setup.twice:
+        ours = measure((*QUANTOOL, "eval-ppl", artifact, *compare, "--json")).json()
+        figures |= {f"quantool_{key}": ours[key] for key in FIGURES}
+    return {**figures, "peer_versions": peer["versions"]}
 
 
 def measure_row(setup: Setup, row: str) -> dict[str, Any]:
@@ -144,14 +147,14 @@ def without_folders(command: str) -> str:
 
 
 def report(rows: dict[str, dict[str, Any]]) -> None:
-    header = ("", "perplexity", "KLD", "top-1", "seconds", "peak MB", "size MB", "KLD by quantool")
+    header = ("", "perplexity", "KLD", "top-1", "seconds", "peak MB", "size MB")
     table = []
     for name, r in rows.items():
         quality = (f"{r['perplexity']:.2f}", f"{r['kl_divergence']:.4f}", f"{r['top1_agreement']:.3f}")
         cost = tuple(
             "" if k not in r else f"{r[k] / s:.0f}" for k, s in (("seconds", 1), ("peak_bytes", 1e6), ("bytes", 1e6))
         )
-        table.append((name, *quality, *cost, f"{r['quantool_kl_divergence']:.4f}"))
+        table.append((name, *quality, *cost))
     print_table(header, table)
     for ours, peer in RATIOS:
         if ours in rows and peer in rows:
@@ -184,6 +187,7 @@ def main() -> None:
         "--only", action="append", choices=("original", *ROWS), help="measure this row only; repeatable"
     )
     parser.add_argument("--rows", action="store_true", help="evaluate on the text as the datasets library's rows")
+    parser.add_argument("--twice", action="store_true", help="judge by quantool eval-ppl too")
     args = parser.parse_args()
     if not WIKITEXT.exists():
         raise SystemExit(f"error: {WIKITEXT}: not found\nhint: this benchmark needs c4.utf8 and wiki.test.raw there")
@@ -191,7 +195,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     before = machine()
     text = text_as_rows(folder) if args.rows else WIKITEXT
-    setup = Setup(args.model or build_model(), args.peer_python or build_peer(), text, folder)
+    setup = Setup(args.model or build_model(), args.peer_python or build_peer(), text, folder, args.twice)
     rows = {row: measure_row(setup, row) for row in args.only or ("original", *ROWS)}
     report(rows)
     nf4 = {}

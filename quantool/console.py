@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, Any]
 WIDTH = 100_000  # characters: no line is ever wrapped or cut
+MAX_NOTES = 8  # a note can be of every block
 MAX_METADATA = 100  # characters of a metadata value
 TEXT_KEYS = ("dataset", "split", "num_samples", "seq_len")  # of a calibration file's metadata
 
@@ -207,7 +208,8 @@ def _quantize_summary(result: Record, *, dry_run: bool) -> "Table":
             ("bits per weight", number(result["bits_per_weight"], 3)),
             ("tensors", counts),
             *_cost(result),
-            *(("note", note) for note in result["notes"]),
+            *(("note", note) for note in result["notes"][:MAX_NOTES]),
+            *(("note", f"{more} more notes, see --json") for more in [len(result["notes"]) - MAX_NOTES] if more > 0),
         ]
     )
 

@@ -114,7 +114,11 @@ def round_to_grid(
 ) -> torch.Tensor:
     """What W float32 [N, K] becomes on the grid of `scales` and `zeros` [N, G]."""
     step = scales.unsqueeze(-1).to(torch.float32)
-    zero = torch.tensor(float(scheme.zero)) if zeros is None else zeros.unsqueeze(-1).to(torch.float32)
+    zero = (
+        torch.tensor(float(scheme.zero), device=weight.device)
+        if zeros is None
+        else zeros.unsqueeze(-1).to(torch.float32)
+    )
     grouped = weight.view(weight.shape[0], scales.shape[1], -1) / step
     return grouped.round_().clamp_(-zero, scheme.max_code - zero).mul_(step).view_as(weight)
 

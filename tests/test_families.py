@@ -316,7 +316,7 @@ def extras(depth: int) -> dict[str, torch.Tensor]:
         "vision_tower.encoder.layers.1.mlp.fc1.weight": (48, 24),
         "vision_tower.patch_embed.weight": (16, 3, 4, 4),
     }
-    found = {name: torch.randn(shape, generator=random).bfloat16() for name, shape in shapes.items()}
+    found = {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
     found["mtp.norm.weight"] = found["mtp.norm.weight"].half()
     found["vision_tower.position_ids"] = torch.arange(9)
     return found

@@ -265,7 +265,7 @@ def quantization_config(
     if expert is not None:
         raise QuantoolError(
             f"format bitsandbytes cannot hold '{expert}': transformers loads experts as one tensor, in float",
-            hint="leave the experts in float: --ignore 're:.*experts.*'",
+            hint="leave the experts in float: --ignore lm_head --ignore 're:.*experts.*'",
         )
     scheme = next(iter(schemes.values()), QuantScheme(4, 64, dtype="nf4"))
     skipped = list(kept)

@@ -4,8 +4,10 @@
 `Checkpoint`: a config and named tensors that are mapped, not copied, until one is read.
 """
 
+import math
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,16 +89,19 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
 
 
 def model_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype the model computes in: that of its first stored float matrix, else the config's, else bfloat16.
+    """The dtype the model computes in: that of most of its stored float matrices, else the config's, else bfloat16.
 
-    A GGUF says it in its rebuilt config, because a block type is no dtype; so does a quantized artifact whose
-    embeddings are quantized too.
+    Of most, not of the first: one float32 router in a bfloat16 model is stored first. A GGUF says it in its rebuilt
+    config, because a block type is no dtype; so does a quantized artifact whose embeddings are quantized too.
     """
     config = checkpoint.config
+    sizes: Counter[str] = Counter()
     if not checkpoint.path.is_file():
         for info in checkpoint.infos.values():
             if len(info.shape) >= 2 and info.dtype in FLOAT_NAMES and "scale" not in info.name.rpartition(".")[2]:
-                return FLOAT_NAMES[info.dtype]
+                sizes[info.dtype] += math.prod(info.shape)
+    if sizes:
+        return FLOAT_NAMES[sizes.most_common(1)[0][0]]
     return FLOATS.get(str(config.get("dtype") or config.get("torch_dtype")), torch.bfloat16)
 
 

@@ -49,7 +49,7 @@ def search_scale(
         weight = block.linears[name].weight.detach()
         for piece in row_pieces(weight[:: max(1, weight.shape[0] // ROWS)].float()):
             for i, scale in enumerate(scales):
-                losses[i] += _output_error(piece, scale, moment, schemes[name], round_scales)
+                losses[i] += float(_output_error(piece, scale, moment, schemes[name], round_scales))
     order = losses.argsort()[:FINALISTS].tolist()
     finalists = [scales[i] for i in order]
     return _best_on_block(block, group, finalists, schemes, round_scales=round_scales)

@@ -80,7 +80,7 @@ def run(
         size = file_bytes(tensors, metadata)
     else:
         tensors |= record(network, windows, batch_size, progress)
-        routed = _tokens_of_experts(tensors)
+        routed = tokens_of_experts(tensors)
         size = write_file(output, tensors, metadata, overwrite=overwrite)
     least = min(routed, key=lambda name: routed[name], default=None)
     return CalibrateResult(
@@ -100,7 +100,7 @@ def run(
     )
 
 
-def _tokens_of_experts(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+def tokens_of_experts(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """Expert -> the fewest tokens that one of its linears saw."""
     found: dict[str, int] = {}
     for name, tokens in tensors.items():

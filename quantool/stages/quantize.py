@@ -28,7 +28,7 @@ from quantool.quant import QuantizedTensor, dequantize_affine, require_finite
 from quantool.recipe import INTEGER_METHODS, Recipe
 from quantool.scheme import MethodOptions, QuantScheme
 from quantool.stages import repack
-from quantool.stages.calibrate import _tokens_of_experts, made_of_another, read_windows, sample_windows
+from quantool.stages.calibrate import made_of_another, read_windows, sample_windows, tokens_of_experts
 from quantool.stages.plan import Plan, PlanRow, QuantizeResult, check_output, describe, make_plan, needs_g_idx
 from quantool.stages.resources import Stopwatch, peak_memory_bytes
 
@@ -162,7 +162,7 @@ def _check_recorded(
     if notes or options.starved_experts != "error":
         return notes
     file = MappedFile(calibration)
-    seen = _tokens_of_experts({name: file.read(name) for name in file.infos if name.endswith(".tokens")})
+    seen = tokens_of_experts({name: file.read(name) for name in file.infos if name.endswith(".tokens")})
     wanted = {expert_of(name) for name, method in plan.methods.items() if BLOCK_METHODS[method].round is not None}
     least = options.least_tokens(window)
     starved = {expert: tokens for expert, tokens in seen.items() if expert in wanted and tokens < least}
