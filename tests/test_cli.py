@@ -862,3 +862,11 @@ def test_libraries_are_quiet_unless_asked(run: Callable[..., Outcome], stages: S
     run("inspect", "m")
     assert os.environ["TRANSFORMERS_VERBOSITY"] == "error"
     assert os.environ["DATASETS_VERBOSITY"] == "debug"
+
+
+def test_of_many_notes_the_table_shows_the_first(capsys: pytest.CaptureFixture[str]) -> None:
+    record = {**RESULTS["quantize"], "notes": [f"note {i} of a block" for i in range(48)]}
+    console.print_quantize(record)
+    out = capsys.readouterr().out
+    assert out.count("of a block") == 8
+    assert "40 more notes, see --json" in out
