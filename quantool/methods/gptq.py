@@ -113,9 +113,10 @@ def inverse_factor(moment: torch.Tensor, damp_percent: float) -> torch.Tensor | 
     mean = H.diagonal().mean()
     unused = H.diagonal() <= 0
     for step in range(DAMPING_STEPS):
-        damped = H + torch.eye(len(H), dtype=H.dtype, device=H.device) * (damp_percent * 10**step * mean)
-        damped.diagonal()[unused] = mean if mean > 0 else 1.0
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        damped = H.flip(0, 1)  # a copy
+        damped.diagonal().add_(damp_percent * 10**step * mean)
+        damped.diagonal()[unused.flip(0)] = mean if mean > 0 else 1.0
+        lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             return _inverse(lower.flip(0, 1)).float()
     return None
