@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from quantool.errors import QuantoolError
-from quantool.kernels.ops import dequantize, pack_bits, unpack_bits
+from quantool.kernels.ops import dequantize, pack_bits, round_input, unpack_bits
 from quantool.scheme import PER_TENSOR, QuantScheme
 
 __all__ = [
@@ -33,8 +33,6 @@ __all__ = [
 ]
 
 PIECE = 1 << 18  # weights: 1 MB in float32, half of a core's L2 on server processors
-MIN_STEP = 2.0**-126  # the least normal float32: the step of a range that is empty
-
 RoundScales = Callable[[torch.Tensor], torch.Tensor]
 """float32 scales -> the same scales in the dtype and precision that a format stores."""
 
@@ -128,15 +126,7 @@ def round_activations(x: torch.Tensor, scheme: QuantScheme) -> torch.Tensor:
 
     For a static scheme too: what one scale for all tokens costs is not of a method's choosing.
     """
-    if scheme.act_bits == 16:
-        return x
-    if not scheme.act_sym:
-        low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-        step = ((high - low) / 255).clamp(min=MIN_STEP)
-        zero = (-128 - low / step).round()
-        return ((x / step).round().add_(zero).clamp_(-128, 127).sub_(zero)).mul_(step)
-    step = (x.abs().amax(-1, keepdim=True) / 127.5).clamp(min=MIN_STEP)
-    return (x / step).round_().clamp_(-128, 127).mul_(step)
+    return x if scheme.act_bits == 16 else round_input(x, None, None, scheme.act_sym)
 
 
 def choose_input_qparams(

@@ -177,11 +177,11 @@ def linear_w8a8(
     wide, grouped = x.to(torch.float32), qweight.view(*scales.shape, -1).to(torch.float32)
     weight = grouped.mul_(scales.unsqueeze(-1).to(torch.float32)).view_as(qweight)
     return torch.nn.functional.linear(
-        _round_input(wide, input_scale, input_zero, act_sym).to(x.dtype), weight.to(x.dtype), bias
+        round_input(wide, input_scale, input_zero, act_sym).to(x.dtype), weight.to(x.dtype), bias
     )
 
 
-def _round_input(x: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None, act_sym: bool) -> torch.Tensor:
+def round_input(x: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None, act_sym: bool) -> torch.Tensor:
     """What int8 makes of X float32 [..., K]; the ranges of a token are those of compressed-tensors."""
     shift = torch.zeros((), device=x.device) if zero is None else zero.to(torch.float32)
     if scale is not None:
