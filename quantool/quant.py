@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 PIECE = 1 << 18  # weights: 1 MB in float32, half of a core's L2 on server processors
+
 RoundScales = Callable[[torch.Tensor], torch.Tensor]
 """float32 scales -> the same scales in the dtype and precision that a format stores."""
 
