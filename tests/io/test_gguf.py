@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from quantool.errors import QuantoolError
 from quantool.io import model_dtype, open_checkpoint
-from quantool.io.gguf_file import GgufFile
-from quantool.io.gguf_tokenizer import PRE_TOKENIZERS
+from quantool.io.gguf.file import GgufFile
+from quantool.io.gguf.tokenizer import PRE_TOKENIZERS
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB = 2, 64, 4, 2, 16, 96, 300
 SMOLLM2 = Path(__file__).resolve().parents[2] / "demo" / "SmolLM2-135M-Instruct.Q4_1.gguf"  # of `make demo`

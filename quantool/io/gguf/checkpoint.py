@@ -11,8 +11,8 @@ import torch
 
 from quantool.errors import QuantoolError
 from quantool.io import TensorInfo
-from quantool.io.gguf_file import Array, GgufFile, Tensor, check_decodable, decode
-from quantool.io.gguf_tokenizer import token_ids, write_tokenizer
+from quantool.io.gguf.file import Array, GgufFile, Tensor, check_decodable, decode
+from quantool.io.gguf.tokenizer import token_ids, write_tokenizer
 from quantool.io.safetensors import drop_pages
 
 # One row per architecture. "llama" is what the converter writes for Llama, Mistral and SmolLM alike.

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantool.errors import QuantoolError
-from quantool.io.gguf_file import GgufFile
+from quantool.io.gguf.file import GgufFile
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
