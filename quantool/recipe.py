@@ -28,7 +28,7 @@ from quantool.scheme import FORMAT_NAMES, METHOD_NAMES, PER_CHANNEL, PRESETS, Me
 if TYPE_CHECKING:
     from yaml import Node
 
-SECTIONS = ("calibrate", "quantize")
+SECTIONS = ("calibrate", "quantize", "convert-gguf")
 _INTEGER = {"bits": 4, "sym": True, "format": "compressed-tensors"}
 _FLAT = {"bits": 4, "group_size": 64, "double_quant": True, "format": "bitsandbytes"}
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -242,8 +242,15 @@ def build_recipe(options: Mapping[str, Any], given: Mapping[str, int], overrides
         if name in given:
             chosen[name] = options[name]
     ignore = tuple(pattern for pattern in options["ignore"] if pattern)
-    method_options = MethodOptions(**{option.name: options[option.name] for option in fields(MethodOptions)})
-    return Recipe(method=options["method"], **chosen, ignore=ignore, overrides=overrides, options=method_options)
+    return Recipe(
+        method=options["method"], **chosen, ignore=ignore, overrides=overrides, options=method_options(options)
+    )
+
+
+def method_options(options: Mapping[str, Any]) -> MethodOptions:
+    """What the options of a command say to its methods."""
+    names = [option.name for option in fields(MethodOptions)]
+    return MethodOptions(**{name: options[name] for name in names if name in options})
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -19,6 +19,11 @@ from quantool.errors import UsageError
 
 METHOD_NAMES = ("rtn", "gptq", "awq", "awq+gptq", "smoothquant", "nf4", "fp4", "llm-int8")
 FORMAT_NAMES = ("compressed-tensors", "gptq", "awq", "bitsandbytes")
+CALIBRATION_FORMATS = ("safetensors", "imatrix")
+OUTTYPES = (
+    *("auto", "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1"),
+    *("q4_0", "iq4_nl", "iq4_xs", "q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "q2_k_s", "q3_k", "q4_k", "q5_k"),
+)  # of convert-gguf: the file types of llama-quantize, and its short names
 DTYPE_NAMES = ("int", "nf4", "fp4")
 ACTORDERS = ("static", "group", "none")
 STARVED_EXPERTS = ("error", "all-tokens", "rtn")
@@ -155,6 +160,23 @@ class MethodOptions:
                     f"{name} is '{getattr(self, name)}', expected {', '.join(words)}",
                     hint=f"use --{name.replace('_', '-')} {words[0]}",
                 )
+
+
+@dataclass(frozen=True, slots=True)
+class GgufOptions:
+    """What decides the types in a GGUF file.
+
+    `tensor_types` are pairs (regex, type), of which the first whose regex is found in a tensor's name decides.
+    """
+
+    outtype: str = "auto"
+    tensor_types: tuple[tuple[str, str], ...] = ()
+    token_embedding_type: str | None = None
+    output_tensor_type: str | None = None
+    pure: bool = False
+    fallback: bool = True
+    pre: str | None = None
+    allow_requantize: bool = False
 
 
 def fitting_group_sizes(in_features: int) -> list[int]:

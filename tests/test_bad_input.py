@@ -24,7 +24,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantool.options import CALIBRATED
+from quantool.cli.options import CALIBRATED
 from quantool.scheme import METHOD_NAMES
 
 ROOT = Path(__file__).resolve().parents[1]

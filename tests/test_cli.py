@@ -21,14 +21,15 @@ import click
 import pytest
 
 import quantool.stages
-from quantool import __version__, cli, console, options
+from quantool import __version__, cli, console
+from quantool.cli import options
 from quantool.data import TextOptions
 from quantool.errors import CheckFailed, QuantoolError
 from quantool.recipe import Override, Recipe
-from quantool.scheme import METHOD_NAMES, MethodOptions
+from quantool.scheme import METHOD_NAMES, GgufOptions, MethodOptions
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("calibrate", "quantize", "inspect", "eval-ppl")
+COMMANDS = ("calibrate", "quantize", "convert-gguf", "inspect", "eval-ppl")
 ESCAPE = "\x1b"
 
 # What each stage returns, as --json promises it.
@@ -65,6 +66,24 @@ RESULTS: dict[str, dict[str, Any]] = {
         "plan": [],
         "notes": ["group size 64: the largest of 128, 64, 32 that divides every row"],
     },
+    "convert_gguf": {
+        "output": "m-Q4_K_M.gguf",
+        "architecture": "llama",
+        "outtype": "q4_k_m",
+        "method": "rtn",
+        "bytes": 98_765_432,
+        "bits_per_weight": 4.56789,
+        "quantized": 210,
+        "copied": 62,
+        "folded": 0,
+        "dropped": 1,
+        "fallbacks": 3,
+        "types": {"F32": 61, "Q4_K": 150},
+        "seconds": 12.3,
+        "peak_memory_bytes": 500_000_000,
+        "plan": [],
+        "notes": ["rows of 576 are not whole Q4_K blocks"],
+    },
     "inspect": {
         "artifact": "m",
         "format": "compressed-tensors",
@@ -78,9 +97,12 @@ RESULTS: dict[str, dict[str, Any]] = {
         "tensors": [],
         "linears": None,
         "activations": [],
+        "gguf": None,
+        "notes": [],
     },
     "eval_ppl": {
         "model": "m",
+        "protocol": "hf",
         "perplexity": 36.123456,
         "perplexity_error": 0.5,
         "tokens": 6132,
@@ -89,10 +111,15 @@ RESULTS: dict[str, dict[str, Any]] = {
         "dataset": "builtin",
         "seconds": 9.9,
         "peak_memory_bytes": 1_000_000_000,
-        "reference_perplexity": None,
-        "kl_divergence": None,
-        "kl_divergence_error": None,
-        "top1_agreement": None,
+        **dict.fromkeys(
+            (
+                *("reference_perplexity", "reference_perplexity_error", "kl_divergence", "kl_divergence_error"),
+                *("kl_divergence_percentiles", "top1_agreement", "top1_agreement_error", "perplexity_ratio"),
+                *("perplexity_ratio_error", "perplexity_difference", "perplexity_difference_error"),
+                *("ln_perplexity_ratio", "ln_perplexity_ratio_error", "ln_perplexity_correlation", "delta_p"),
+                *("delta_p_error", "delta_p_rms", "delta_p_rms_error", "delta_p_percentiles"),
+            )
+        ),
     },
 }
 TENSOR = {"name": "w", "dtype": "I32", "shape": [8, 2], "bytes": 64, "bits_per_weight": 4.25, "relative_error": 0.0812}
@@ -114,7 +141,7 @@ class Outcome:
 
 @dataclass
 class Stages:
-    """Stands for the four stages: keeps the arguments, returns `results` or raises `error`."""
+    """Stands for the stages: keeps the arguments, returns `results` or raises `error`."""
 
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     changes: dict[str, Any] = field(default_factory=dict)
@@ -188,7 +215,9 @@ def test_every_command_has_help(run: Callable[..., Outcome], command: str) -> No
         assert all(not name.startswith("--") or "_" not in name for name in option.opts)
     names = {option for p in parameters for option in p.opts}
     assert {"--json", "-v", "-q"} <= names
-    assert ({"-c", "--config", "--dry-run", "--overwrite"} <= names) == (command in ("calibrate", "quantize"))
+    assert ({"-c", "--config", "--dry-run", "--overwrite"} <= names) == (
+        command in ("calibrate", "quantize", "convert-gguf")
+    )
 
 
 def test_only_what_works_is_offered(run: Callable[..., Outcome]) -> None:
@@ -254,7 +283,7 @@ def test_defaults(run: Callable[..., Outcome], stages: Stages) -> None:
     assert run("quantize", "m", "--method", "awq").code == 0
     assert stages.recipe == Recipe(method="awq", sym=False)
     assert run("calibrate", "m").code == 0
-    assert stages.calls[-1][1] == ("m", Path("calibration.safetensors"))
+    assert stages.calls[-1][1] == ("m", None)
     assert stages.text == TextOptions()
     assert run("eval-ppl", "m").code == 0
     assert stages.text == TextOptions(split="test", num_samples=None)
@@ -302,7 +331,52 @@ def test_every_option_of_the_readers(run: Callable[..., Outcome], stages: Stages
     kwargs = stages.calls[-1][2]
     assert kwargs.pop("text") == TextOptions("d", "test", "text", 3, 8)
     del kwargs["progress"]
-    assert kwargs == {"stride": 4, "reference": "r", "batch_size": 2, "dtype": "float32", "device": "auto"}
+    expected = {"stride": 4, "protocol": "hf", "reference": "r", "batch_size": 2, "dtype": "float32", "device": "auto"}
+    assert kwargs == expected
+
+
+def test_every_option_of_convert_gguf(run: Callable[..., Outcome], stages: Stages) -> None:
+    assert run("convert-gguf", "m").code == 0
+    _, args, kwargs = stages.calls[-1]
+    assert args == ("m", None, GgufOptions())
+    assert kwargs["method"] == "rtn"
+    words = (
+        "convert-gguf m --outfile o.gguf --outtype Q4_K_M --tensor-type attn_v=q8_0 --tensor-type a=b$=F16 --pure "
+        "--token-embedding-type q6_k --output-tensor-type f16 --pre gpt-2 --no-fallback --allow-requantize "
+        "--method gptq --split-max-size 2GB --damp-percent 0.02 --starved-experts rtn --num-samples 3"
+    )
+    assert run(*words.split()).code == 0
+    _, args, kwargs = stages.calls[-1]
+    rules = (("attn_v", "Q8_0"), ("a=b$", "F16"))
+    assert args == (
+        "m",
+        Path("o.gguf"),
+        GgufOptions("q4_k_m", rules, "q6_k", "f16", pure=True, fallback=False, pre="gpt-2", allow_requantize=True),
+    )
+    assert kwargs["method_options"] == MethodOptions(damp_percent=0.02, starved_experts="rtn")
+    assert kwargs["split_max_size"] == 2_000_000_000
+    assert kwargs["text"].num_samples == 3
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--method", "gptq", "--imatrix", __file__], "--imatrix belongs to method 'rtn', the method is 'gptq'"),
+        (
+            ["--calibration", __file__],
+            "--calibration belongs to method 'gptq', 'awq' or 'awq+gptq', the method is 'rtn'",
+        ),
+        (["--method", "gptq", "--n-grid", "3"], "--n-grid belongs to method 'awq' or 'awq+gptq', the method is 'gptq'"),
+        (["--tensor-type", "attn_v"], "--tensor-type: 'attn_v' is not REGEX=TYPE, expected such as attn_v=q8_0"),
+        (["--tensor-type", "(=q8_0"], "--tensor-type: '(' is not a regular expression"),
+        (["--outtype", "q9"], "--outtype: 'q9' is not one of"),
+    ],
+)
+def test_wrong_use_of_convert_gguf(run: Callable[..., Outcome], stages: Stages, args: list[str], message: str) -> None:
+    outcome = run("convert-gguf", "m", *args)
+    assert outcome.code == 2
+    assert outcome.err.startswith(f"error: {message}")
+    assert not stages.calls
 
 
 def test_presets_take_any_case_and_their_own_options_win(run: Callable[..., Outcome], stages: Stages) -> None:
@@ -374,8 +448,10 @@ def test_eval_ppl_reads_its_own_environment(
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_published_recipes_run(run: Callable[..., Outcome], stages: Stages, path: Path) -> None:
-    assert run("quantize", "m", "--config", path).code == 0
-    assert stages.recipe.method in path.read_text(encoding="utf-8")
+    of_gguf = path.name.startswith("gguf-")
+    assert run("convert-gguf" if of_gguf else "quantize", "m", "--config", path).code == 0
+    method = stages.calls[-1][2]["method"] if of_gguf else stages.recipe.method
+    assert method in path.read_text(encoding="utf-8")
 
 
 # Values
@@ -638,7 +714,9 @@ def test_json_is_one_object_with_the_results_keys_in_order(
     assert list(found) == list(expected)
 
 
-@pytest.mark.parametrize(("stage", "name"), [*zip(RESULTS, ("Calibrate", "Quantize", "Inspect", "Eval"), strict=True)])
+@pytest.mark.parametrize(
+    ("stage", "name"), [*zip(RESULTS, ("Calibrate", "Quantize", "Convert", "Inspect", "Eval"), strict=True)]
+)
 def test_the_stages_return_the_keys_that_json_promises(stage: str, name: str) -> None:
     module = importlib.import_module(f"quantool.stages.{stage}")
     assert [field.name for field in fields(getattr(module, f"{name}Result"))] == list(RESULTS[stage])

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from quantool import load
+from quantool.cli.options import CALIBRATED
 from quantool.data import TextOptions
-from quantool.options import CALIBRATED
 from quantool.recipe import METHOD_DEFAULTS, Override, Recipe
 from quantool.runtime import QuantLinear
 from quantool.scheme import METHOD_NAMES, MethodOptions
@@ -64,7 +64,7 @@ CASES = {
     "smoothquant-static-asym": smoothquant(act_dynamic=False, act_sym=False),
 }
 
-CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("[!g]*.yaml"))  # gguf-*: of convert-gguf
 
 Artifacts = Callable[..., Path]
 Command = Callable[..., Any]

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantool.cli import cli
+from quantool.cli.options import recipe_keys
 from quantool.errors import UsageError
-from quantool.options import recipe_keys
 from quantool.recipe import INTEGER_METHODS, METHOD_DEFAULTS, Override, Recipe, build_recipe, load_section, matches
 from quantool.scheme import METHOD_NAMES, PRESETS, MethodOptions, QuantScheme
 
-CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("[!g]*.yaml"))  # gguf-*: of convert-gguf
 KNOWN = dict(recipe_keys(cli.commands["quantize"]))
 DOWN = "model.layers.0.mlp.down_proj"
 FLAG, ENVIRONMENT, FILE = 1, 2, 3

@@ -1,141 +1,19 @@
-"""The command line: parse, call one stage, print its result. No tensor is touched here.
+"""The commands: each parses its options, calls one stage and prints the result."""
 
-Every failure passes through `main`, which turns it into one line, a hint and an exit code: 0 done, 1 the work failed,
-2 wrong usage or recipe, 3 a requested check failed, 130 interrupted (143 by SIGTERM). Stages are imported inside their
-command, for `--help` needs no torch.
-"""
-
-import contextlib
-import dataclasses
 import functools
-import os
-import signal
-import sys
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal
 
 import click
 
-from quantool import __version__, console, options
-from quantool.data import Progress
-from quantool.errors import CheckFailed, QuantoolError, UsageError
-from quantool.options import Output, text_options
-from quantool.recipe import build_recipe
-from quantool.scheme import FORMAT_NAMES, METHOD_NAMES
-
-# The libraries below have progress bars and warnings of their own, and read these when they are imported.
-QUIET_LIBRARIES = {
-    "TRANSFORMERS_VERBOSITY": "error",
-    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-    "DATASETS_VERBOSITY": "critical",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_VERBOSITY": "error",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-
-
-# The boundary
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM: unwinds as Ctrl-C does, so that nothing half written stays."""
-
-
-def main(args: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and exit; the one place where a failure becomes `error:`, `hint:` and an exit code."""
-    output = Output()
-    try:
-        with _sigterm_unwinds():
-            code = cli.main(args, prog_name="quantool", standalone_mode=False, obj=output)
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        code = error.exit_code
-    except Exception as error:  # noqa: BLE001 - a bug too is one line, unless -vv asks for more
-        code, message, hint = explain(error)
-        if output.verbose > 1:
-            console.print_traceback(error)
-        console.print_error(message, hint)
-    sys.exit(code or 0)
-
-
-@contextlib.contextmanager
-def _sigterm_unwinds() -> Iterator[None]:
-    def unwind(signum: int, frame: object) -> NoReturn:
-        raise Terminated
-
-    try:
-        before = signal.signal(signal.SIGTERM, unwind)
-    except ValueError:  # not the main thread, the only one that gets signals
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def explain(error: Exception) -> tuple[int, str, str | None]:
-    """Exit code, message and hint of a failure."""
-    if isinstance(error, QuantoolError):
-        return error.exit_code, error.message, error.hint
-    if isinstance(error, click.Abort):
-        return (143, "terminated", None) if isinstance(error.__cause__, Terminated) else (130, "interrupted", None)
-    if isinstance(error, click.ClickException):
-        return error.exit_code, *_explain_usage(error)
-    first_line = (str(error).strip() or "no message").splitlines()[0]
-    # torch has its own class for the device's memory and a RuntimeError for the host's; torch is not imported here.
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate" in first_line:
-        return 1, "out of memory", "use a smaller --batch-size or --seq-len, or --device cpu"
-    if isinstance(error, OSError):
-        reason = (error.strerror or first_line).rstrip(".")
-        return (
-            1,
-            f"{error.filename}: {reason}" if error.filename else reason,
-            "check the path, its permissions and disk",
-        )
-    return 1, f"internal error: {type(error).__name__}: {first_line}", "run again with -vv and report what it prints"
-
-
-def _explain_usage(error: click.ClickException) -> tuple[str, str]:
-    """Message and hint of what click found wrong; a bad value is named by where it came from."""
-    ctx: click.Context | None = getattr(error, "ctx", None)
-    hint = f"see {ctx.command_path if ctx else 'quantool'} --help"
-    if isinstance(error, click.BadParameter) and ctx and error.param and error.message:
-        return f"{options.spelled(ctx, error.param)}: {error.message.rstrip('.')}", hint
-    message = error.format_message()
-    if near := getattr(error, "possibilities", None):
-        message, hint = error.message, f"did you mean '{near[0]}'?"
-    return message[:1].lower() + message[1:].rstrip("."), hint
-
-
-@contextlib.contextmanager
-def working(output: Output) -> Iterator[Progress]:
-    """What surrounds every stage: quiet libraries, the log on stderr, and the progress bar."""
-    if output.quiet and output.verbose:
-        raise UsageError("-q and -v exclude each other", hint="leave one of them out")
-    if not output.verbose:
-        for name, value in QUIET_LIBRARIES.items():
-            os.environ.setdefault(name, value)
-    with (
-        warnings.catch_warnings(),
-        console.log(-1 if output.quiet else output.verbose),
-        console.progress(enabled=not output.quiet) as progress,
-    ):
-        if not output.verbose and not sys.warnoptions:
-            warnings.simplefilter("ignore")
-        yield progress
-
-
-def emit(output: Output, result: Any, show: Callable[[console.Record], None]) -> None:
-    """Print a stage's result dataclass: as one JSON object, or as `show` lays it out."""
-    record = dataclasses.asdict(result)
-    (console.print_json if output.json else show)(record)
-
-
-# The commands
+from quantool import __version__, console
+from quantool.cli import gguf_options, options
+from quantool.cli.options import Output, text_options
+from quantool.cli.working import emit, working
+from quantool.errors import CheckFailed, UsageError
+from quantool.recipe import build_recipe, method_options
+from quantool.scheme import CALIBRATION_FORMATS, FORMAT_NAMES, METHOD_NAMES, GgufOptions
 
 
 def _print_version(ctx: click.Context, option: click.Parameter, asked: bool) -> None:
@@ -174,7 +52,19 @@ def cli() -> None:
     )
 )
 @click.argument("model")
-@click.option("-o", "--output", type=options.OUTPUT, default="calibration.safetensors", help="File to write.")
+@click.option(
+    "-o",
+    "--output",
+    type=options.OUTPUT,
+    help="File to write.  [default: calibration.safetensors; with --format imatrix imatrix.gguf]",
+)
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(CALIBRATION_FORMATS),
+    default="safetensors",
+    help="quantool's own, which every method reads, or llama.cpp's importance matrix.",
+)
 @options.text_windows(split="train", num_samples=128)
 @options.seed
 @options.computes("CALIBRATE")
@@ -186,7 +76,8 @@ def calibrate(
     /,
     *,
     model: str,
-    output: Path,
+    output: Path | None,
+    format_name: str,
     batch_size: int | None,
     dtype: str,
     device: str,
@@ -202,6 +93,7 @@ def calibrate(
             model,
             output,
             text=text_options(text),
+            format_name=format_name,
             batch_size=batch_size,
             dtype=dtype,
             device=device,
@@ -293,6 +185,60 @@ def quantize(
     emit(ctx.obj, result, console.print_plan if dry_run else console.print_quantize)
 
 
+@cli.command(
+    "convert-gguf",
+    epilog=_examples(
+        "quantool convert-gguf MODEL --outtype q4_k_m --imatrix calibration.safetensors",
+        "quantool convert-gguf MODEL --outtype q4_k_m --method gptq",
+    ),
+)
+@click.argument("model")
+@gguf_options.gguf
+@options.writes
+@options.prints
+@click.pass_context
+def convert_gguf(
+    ctx: click.Context,
+    /,
+    *,
+    model: str,
+    output: Path | None,
+    imatrix: Path | None,
+    method: str,
+    calibration: Path | None,
+    split_max_size: int | None,
+    batch_size: int | None,
+    dtype: str,
+    device: str,
+    dry_run: bool,
+    overwrite: bool,
+    **values: Any,
+) -> None:
+    """Write MODEL as one GGUF file of its final types, for llama.cpp."""
+    gguf_options.check_method_options(ctx)
+    with working(ctx.obj) as progress:
+        from quantool.stages import convert_gguf as stage
+
+        result = stage.run(
+            model,
+            output,
+            GgufOptions(**{field.name: values[field.name] for field in fields(GgufOptions)}),
+            imatrix=imatrix,
+            method=method,
+            method_options=method_options(values),
+            calibration=calibration,
+            text=text_options(values),
+            batch_size=batch_size,
+            split_max_size=split_max_size,
+            dtype=dtype,
+            device=device,
+            dry_run=dry_run,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    emit(ctx.obj, result, functools.partial(console.print_convert, dry_run=dry_run))
+
+
 _stats_help = (
     "Read the data: range and mean of each tensor; of a calibration file, the outlier channels of each linear."
 )
@@ -338,14 +284,17 @@ def inspect(
 
 
 _limit = click.FloatRange(0)
-_protocol_help = "hf: independent windows, every next token counts."
+_protocol_help = (
+    "hf: independent windows, every next token counts. llama.cpp: as llama-perplexity does, windows of 512 of the raw "
+    "text, of which the second half counts."
+)
 
 
 @cli.command("eval-ppl", epilog=_examples("quantool eval-ppl OUT --reference MODEL --max-kld 0.2"))
 @click.argument("model")
 @options.text_windows(split="test", num_samples=None)
 @click.option("--stride", type=options.COUNT, metavar="N", help="Tokens from window to window.  [default: --seq-len]")
-@click.option("--protocol", type=click.Choice(["hf"]), default="hf", expose_value=False, help=_protocol_help)
+@click.option("--protocol", type=click.Choice(["hf", "llama.cpp"]), default="hf", help=_protocol_help)
 @click.option("--reference", metavar="MODEL", help="Also measure KL divergence and top-1 agreement with this model.")
 @click.option("--max-ppl", type=_limit, metavar="F", help="Exit 3 if perplexity is above this.")
 @click.option("--max-kld", type=_limit, metavar="F", help="Exit 3 if KL divergence is above this.")
@@ -358,6 +307,7 @@ def eval_ppl(
     *,
     model: str,
     stride: int | None,
+    protocol: Literal["hf", "llama.cpp"],
     reference: str | None,
     max_ppl: float | None,
     max_kld: float | None,
@@ -376,6 +326,7 @@ def eval_ppl(
             model,
             text=text_options(text),
             stride=stride,
+            protocol=protocol,
             reference=reference,
             batch_size=batch_size,
             dtype=dtype,

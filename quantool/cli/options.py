@@ -118,7 +118,9 @@ def spelled(ctx: click.Context, option: click.Parameter) -> str:
     return max(names or option.opts, key=len)
 
 
-def check_method_options(ctx: click.Context) -> None:
+def check_method_options(
+    ctx: click.Context, methods_of: Mapping[str, Sequence[str]] = METHOD_OPTIONS, known: Sequence[str] = METHOD_NAMES
+) -> None:
     """Raise UsageError for an option that the chosen method, or a calibration file, leaves without effect."""
     given, method = sources(ctx), ctx.params["method"]
     overrides = (ctx.default_map or {}).get("overrides", ())
@@ -126,7 +128,7 @@ def check_method_options(ctx: click.Context) -> None:
     for option in ctx.command.params:
         if option.name not in given:
             continue
-        owners = METHOD_OPTIONS.get(option.name, METHOD_NAMES)
+        owners = [method for method in methods_of.get(option.name, known) if method in known]
         if not methods & set(owners):
             raise UsageError(
                 f"{spelled(ctx, option)} belongs to method {any_of(owners)}, the method is '{method}'",
@@ -287,15 +289,29 @@ scheme = (
         "--act-sym/--act-asym", default=None, help="Activations without or with a zero point.  [default: sym]"
     ),
 )
+_n_grid = click.option("--n-grid", type=COUNT, metavar="N", default=20, help="awq: steps of the scale search.")
+_damp_percent = click.option(
+    "--damp-percent",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="F",
+    default=0.01,
+    help="gptq: damping, as a share of the Hessian's mean diagonal.",
+)
+_min_expert_tokens = click.option(
+    "--min-expert-tokens",
+    type=COUNT,
+    metavar="N",
+    help="Calibration tokens that every expert has to see.  [default: one window's worth]",
+)
+_starved_experts = click.option(
+    "--starved-experts",
+    type=click.Choice(STARVED_EXPERTS),
+    default="error",
+    help="An expert that sees fewer: fail, calibrate it on all tokens, or round it to nearest.",
+)
 methods = (
-    click.option("--n-grid", type=COUNT, metavar="N", default=20, help="awq: steps of the scale search."),
-    click.option(
-        "--damp-percent",
-        type=click.FloatRange(0, 1, min_open=True),
-        metavar="F",
-        default=0.01,
-        help="gptq: damping, as a share of the Hessian's mean diagonal.",
-    ),
+    _n_grid,
+    _damp_percent,
     click.option(
         "--actorder",
         type=click.Choice(ACTORDERS),
@@ -319,16 +335,7 @@ methods = (
         metavar="F",
         help="llm-int8: channels with a value of at least this are multiplied in float; 0: none.  [default: 6]",
     ),
-    click.option(
-        "--min-expert-tokens",
-        type=COUNT,
-        metavar="N",
-        help="Calibration tokens that every expert has to see.  [default: one window's worth]",
-    ),
-    click.option(
-        "--starved-experts",
-        type=click.Choice(STARVED_EXPERTS),
-        default="error",
-        help="An expert that sees fewer: fail, calibrate it on all tokens, or round it to nearest.",
-    ),
+    _min_expert_tokens,
+    _starved_experts,
 )
+gguf_methods = (_n_grid, _damp_percent, _min_expert_tokens, _starved_experts)
