@@ -14,7 +14,7 @@ import torch
 
 from quantool import kernels
 from quantool.errors import QuantoolError
-from quantool.kernels import ops
+from quantool.kernels import gptq_ops
 
 ROOT = Path(kernels.__file__).parents[2]
 
@@ -47,7 +47,7 @@ def compiler(path: Path, script: str) -> str:
 def op_agrees() -> bool:
     weight = torch.linspace(-1, 1, 70 * 9).view(70, 9)
     arguments = (weight, torch.eye(9), torch.full((70, 1), 0.1), torch.full((70, 1), 8.0), torch.zeros(9).int(), 15)
-    pairs = zip(ops.gptq_columns(*arguments), ops.gptq_columns_reference(*arguments), strict=True)
+    pairs = zip(gptq_ops.gptq_columns(*arguments), gptq_ops.gptq_columns_reference(*arguments), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
 
 

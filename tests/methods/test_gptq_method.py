@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from quantool.formats import FORMATS
+from quantool.methods import gptq
 from quantool.methods.clip import search_grid
-from quantool.methods.gptq import factorise, inverse_factor, quantize_weight, round_columns
+from quantool.methods.gptq import inverse_factor, quantize_weight, round_columns
 from quantool.methods.statistics import Inputs
 from quantool.quant import QuantizedTensor, dequantize_affine, round_affine
 from quantool.scheme import PER_CHANNEL, PER_TENSOR, MethodOptions, QuantScheme
@@ -60,11 +61,14 @@ def output_error(weight: torch.Tensor, moment: torch.Tensor, rounded: torch.Tens
 
 
 def quantized(
-    weight: torch.Tensor, scheme: QuantScheme, moment: torch.Tensor, *, actorder: str = "static", block_size: int = 128
+    weight: torch.Tensor, scheme: QuantScheme, moment: torch.Tensor, *, actorder: str = "static", sweeps: int = 0
 ) -> QuantizedTensor:
-    factor = factorise(moment, damp_percent=DAMP, actorder=actorder)
-    assert factor is not None
-    return round_columns(weight, scheme, as_bfloat16, factor, actorder=actorder, block_size=block_size)
+    """What GPTQ makes of it, without the descent."""
+    inputs = Inputs(moment, moment.diagonal().sqrt(), tokens=100)
+    options = MethodOptions(damp_percent=DAMP, actorder=actorder)
+    q = quantize_weight(weight, scheme, as_bfloat16, inputs=inputs, options=options, sweeps=sweeps)
+    assert q is not None
+    return q
 
 
 @pytest.mark.parametrize("sym", [True, False])
@@ -85,12 +89,14 @@ def test_every_width_and_grouping(bits: int, group_size: int) -> None:
 
 @pytest.mark.parametrize("actorder", ["static", "group", "none"])
 @pytest.mark.parametrize("sym", [True, False])
-def test_blocks_change_nothing(actorder: str, sym: bool) -> None:
+def test_blocks_change_nothing(actorder: str, sym: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, moment = problem(24, 256, seed=2)
     scheme = QuantScheme(4, 64, sym=sym)
-    whole = quantized(weight, scheme, moment, actorder=actorder, block_size=256)
+    monkeypatch.setattr(gptq, "BLOCK", 256)
+    whole = quantized(weight, scheme, moment, actorder=actorder)
     for block_size in (8, 32, 128):
-        blocked = quantized(weight, scheme, moment, actorder=actorder, block_size=block_size)
+        monkeypatch.setattr(gptq, "BLOCK", block_size)
+        blocked = quantized(weight, scheme, moment, actorder=actorder)
         assert torch.equal(blocked.codes, whole.codes)
         assert torch.equal(blocked.scales, whole.scales)
 
@@ -169,10 +175,12 @@ def bent(least: float) -> torch.Tensor:
 
 def test_the_damping_climbs_until_the_hessian_is_positive_definite() -> None:
     H = bent(-0.05)  # what float32 sums of many tokens can leave, much enlarged
-    U = inverse_factor(H, DAMP)
-    assert U is not None
+    found = inverse_factor(H, DAMP)
+    assert found is not None
+    U, damping = found
     assert torch.equal(U, U.triu())
-    damped = H.double() + torch.eye(32) * 10 * DAMP * H.diagonal().double().mean()
+    assert damping == pytest.approx(10 * DAMP * float(H.diagonal().double().mean()))
+    damped = H.double() + torch.eye(32) * damping
     assert torch.allclose(U.double().T @ U.double(), torch.linalg.inv(damped), rtol=1e-4, atol=1e-5)
 
 
@@ -194,4 +202,29 @@ def test_linears_that_share_their_input_share_its_factor() -> None:
     assert inputs.factor is factor
     assert first is not None
     assert second is not None
-    assert torch.equal(second.codes, quantized(weight * 3, QuantScheme(3, 32), moment).codes)
+    assert torch.equal(second.codes, quantized(weight * 3, QuantScheme(3, 32), moment, sweeps=gptq.SWEEPS).codes)
+
+
+@pytest.mark.parametrize("with_offset", [True, False])
+def test_a_fixed_grid_may_be_any(with_offset: bool) -> None:
+    """Steps of either sign or zero, and offsets, as GGUF's K-quants have them."""
+    weight, moment = problem(32, 128, seed=11)
+    random = torch.Generator().manual_seed(11)
+    step = torch.randn(32, 8, generator=random) / 4
+    step[::5, 3] = 0
+    offset = torch.rand(32, 8, generator=random) - 0.5 if with_offset else None
+    inputs = Inputs(moment, moment.diagonal().sqrt(), tokens=100)
+    codes = round_columns(weight, inputs, step, offset, zero=3, max_code=15, damp_percent=DAMP, sweeps=0)
+    assert codes is not None
+    shifted = weight if offset is None else weight + offset.repeat_interleave(16, 1)
+    never = step.masked_fill(step == 0, 1e30)  # the literal algorithm divides
+    grid = QuantizedTensor(codes, never, torch.full_like(step, 3), QuantScheme(4, 16, sym=False))
+    assert np.array_equal(codes.numpy(), literal(shifted, moment, grid, falling(moment)))
+    assert bool((codes.view(32, 8, 16)[step == 0] == 3).all())
+    assert len(codes.unique()) == 16
+
+
+def test_a_fixed_grid_without_a_positive_definite_hessian_has_no_codes() -> None:
+    H = bent(-1.5)
+    inputs, step = Inputs(H, H.diagonal().sqrt(), tokens=100), torch.ones(4, 2)
+    assert round_columns(torch.ones(4, 32), inputs, step, None, zero=0, max_code=15, damp_percent=DAMP) is None

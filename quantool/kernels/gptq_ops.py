@@ -1,0 +1,221 @@
+"""The operators of GPTQ: schema, shape function for meta tensors, torch reference and compiled kernel of each.
+
+A row of a weight knows nothing of the others, and a column is rounded after all columns before it: the compiled kernels
+(csrc/) keep some rows in the lanes of their vectors and walk over the columns of one block. What a block does to the
+columns after it is a matrix product, and the caller's.
+"""
+
+import ctypes
+
+import torch
+
+from quantool.kernels import compiled
+
+
+def gptq_columns_reference(
+    weight: torch.Tensor,
+    hinv: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    groups: torch.Tensor,
+    max_code: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round one block of columns, each after the errors of those before it: codes uint8 [N, B], errors float32 [N, B].
+
+    weight float32 [N, B] as earlier blocks left it; hinv float32 [B, B], the block on the diagonal of the upper
+    Cholesky factor U of the inverse Hessian (H^-1 = U^T U); scales and zeros float32 [N, G]; groups int32 [B], the
+    group of each column. Both results are column-major. A weight that is NaN gets the code 0 and the error NaN.
+    What follows, W[:, later] -= errors @ U[block, later], is the caller's. Frantar et al. 2023, algorithm 1.
+
+    This is the oracle of the compiled kernels (csrc/gptq.cpp), and what computes where there are none.
+    """
+    _require_columns(weight, hinv, scales, zeros, groups, max_code)
+    columns = weight.T.clone(memory_format=torch.contiguous_format)  # [B, N]: a column's rows lie side by side
+    codes = torch.empty_like(columns)
+    steps, shifts = scales.T[groups], zeros.T[groups]
+    for i in range(len(columns)):
+        code = (columns[i] / steps[i]).round_().add_(shifts[i]).clamp_(0, max_code)
+        error = (columns[i] - (code - shifts[i]) * steps[i]) / hinv[i, i]
+        columns[i + 1 :] -= hinv[i, i + 1 :, None] * error
+        columns[i], codes[i] = error, code
+    return codes.nan_to_num_(nan=0).to(torch.uint8).T, columns.T
+
+
+gptq_columns = torch.library.custom_op("quantool::gptq_columns", gptq_columns_reference, mutates_args=())
+
+
+@gptq_columns.register_kernel("cpu")
+def _(
+    weight: torch.Tensor,
+    hinv: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    groups: torch.Tensor,
+    max_code: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    library = compiled()
+    if library is None:
+        return gptq_columns_reference(weight, hinv, scales, zeros, groups, max_code)
+    _require_columns(weight, hinv, scales, zeros, groups, max_code)
+    rows, columns = weight.shape
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    factor, scales, zeros, groups = hinv.T.contiguous(), scales.contiguous(), zeros.contiguous(), groups.contiguous()
+    codes = torch.empty(columns, rows, dtype=torch.uint8)
+    errors = torch.empty(columns, rows)
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    failed = library.quantool_gptq_columns(
+        pointer(weight.data_ptr()),
+        number(weight.stride(0)),
+        pointer(factor.data_ptr()),
+        pointer(scales.data_ptr()),
+        pointer(zeros.data_ptr()),
+        number(scales.shape[1]),
+        pointer(groups.data_ptr()),
+        number(rows),
+        number(columns),
+        number(max_code),
+        pointer(codes.data_ptr()),
+        pointer(errors.data_ptr()),
+    )
+    if failed:
+        raise RuntimeError("quantool::gptq_columns: torch's thread pool failed")
+    return codes.T, errors.T
+
+
+@gptq_columns.register_fake
+def _(
+    weight: torch.Tensor,
+    hinv: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    groups: torch.Tensor,
+    max_code: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, columns = weight.shape
+    return weight.new_empty(columns, rows, dtype=torch.uint8).T, weight.new_empty(columns, rows).T
+
+
+def descend_columns_reference(
+    gradient: torch.Tensor,
+    hessian: torch.Tensor,
+    scales: torch.Tensor,
+    groups: torch.Tensor,
+    codes: torch.Tensor,
+    max_code: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Move each code of a block to the best one given all others: new codes uint8 [N, B], moves float32 [N, B].
+
+    gradient float32 [N, B] is (W - rounded W) H of these columns, before any of them moves; hessian float32 [B, B] the
+    block of H on its diagonal; scales float32 [N, G]; groups int32 [B], the group of each column; codes uint8 [N, B].
+    A move is what its rounded weight changes by. Both results are column-major. Where a gradient is NaN or a diagonal
+    element not positive the code stays. What follows, gradient -= moves @ H[block], is the caller's.
+
+    This is the oracle of the compiled kernel (csrc/gptq.cpp), and what computes where there is none.
+    """
+    _require_descent(gradient, hessian, scales, groups, codes, max_code)
+    columns = gradient.T.clone(memory_format=torch.contiguous_format)  # [B, N]
+    new = codes.T.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    steps, diagonal = scales.T[groups], hessian.diagonal()
+    inverse = torch.where(diagonal > 0, 1 / diagonal, 0)
+    for i in range(len(columns)):
+        code = (new[i] + columns[i] * inverse[i] / steps[i]).round_().clamp_(0, max_code)
+        code = torch.where(code.isnan(), new[i], code)
+        move = (code - new[i]) * steps[i]
+        columns[i + 1 :] -= hessian[i, i + 1 :, None] * move
+        columns[i], new[i] = move, code
+    return new.to(torch.uint8).T, columns.T
+
+
+descend_columns = torch.library.custom_op("quantool::descend_columns", descend_columns_reference, mutates_args=())
+
+
+@descend_columns.register_kernel("cpu")
+def _(
+    gradient: torch.Tensor,
+    hessian: torch.Tensor,
+    scales: torch.Tensor,
+    groups: torch.Tensor,
+    codes: torch.Tensor,
+    max_code: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    library = compiled()
+    if library is None:
+        return descend_columns_reference(gradient, hessian, scales, groups, codes, max_code)
+    _require_descent(gradient, hessian, scales, groups, codes, max_code)
+    rows, columns = gradient.shape
+    gradient = gradient if gradient.stride(1) == 1 else gradient.contiguous()
+    factor, scales, groups = hessian.T.contiguous(), scales.contiguous(), groups.contiguous()
+    new = codes.T.clone(memory_format=torch.contiguous_format)
+    moves = torch.empty(columns, rows)
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    failed = library.quantool_descend_columns(
+        pointer(gradient.data_ptr()),
+        number(gradient.stride(0)),
+        pointer(factor.data_ptr()),
+        pointer(scales.data_ptr()),
+        number(scales.shape[1]),
+        pointer(groups.data_ptr()),
+        number(rows),
+        number(columns),
+        number(max_code),
+        pointer(new.data_ptr()),
+        pointer(moves.data_ptr()),
+    )
+    if failed:
+        raise RuntimeError("quantool::descend_columns: torch's thread pool failed")
+    return new.T, moves.T
+
+
+@descend_columns.register_fake
+def _(
+    gradient: torch.Tensor,
+    hessian: torch.Tensor,
+    scales: torch.Tensor,
+    groups: torch.Tensor,
+    codes: torch.Tensor,
+    max_code: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, columns = gradient.shape
+    return codes.new_empty(columns, rows).T, gradient.new_empty(columns, rows).T
+
+
+def _require_descent(
+    gradient: torch.Tensor,
+    hessian: torch.Tensor,
+    scales: torch.Tensor,
+    groups: torch.Tensor,
+    codes: torch.Tensor,
+    max_code: int,
+) -> None:
+    """Raise ValueError when the arguments of `descend_columns` do not fit."""
+    _require_columns(gradient, hessian, scales, scales, groups, max_code)
+    if codes.shape != gradient.shape or codes.dtype != torch.uint8 or codes.device != gradient.device:
+        found = f"{str(codes.dtype).removeprefix('torch.')} {list(codes.shape)}"
+        raise ValueError(f"codes do not fit the gradient {list(gradient.shape)}: {found}")
+
+
+def _require_columns(
+    weight: torch.Tensor,
+    hinv: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    groups: torch.Tensor,
+    max_code: int,
+) -> None:
+    """Raise ValueError when the arguments of `gptq_columns` do not fit: compiled code would read past their ends."""
+    (rows, columns), count = weight.shape, scales.shape[-1]
+    floats = (weight, hinv, scales, zeros)
+    if (
+        hinv.shape != (columns, columns)
+        or not scales.shape == zeros.shape == (rows, count)
+        or groups.shape != (columns,)
+        or any(tensor.dtype != torch.float32 for tensor in floats)
+        or groups.dtype != torch.int32
+        or any(tensor.device != weight.device for tensor in (*floats, groups))
+    ):
+        found = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in (*floats, groups))
+        raise ValueError(f"weight, hinv, scales, zeros, groups do not fit each other: {found}")
+    if columns and not 0 <= int(groups.min()) <= int(groups.max()) < count:
+        raise ValueError(f"groups are {int(groups.min())} to {int(groups.max())}, expected 0 to {count - 1}")
+    if not 0 < max_code < 256:
+        raise ValueError(f"max_code is {max_code}, expected 1 to 255")
