@@ -64,6 +64,7 @@ class QuantizedTensor:
     g_idx: torch.Tensor | None = None  # int32 [K], the group of each column; None when groups are contiguous
     double: DoubleQuant | None = None  # what `scales` were decoded from
     weight_dtype: torch.dtype | None = None  # of W itself, where a format records it (bitsandbytes)
+    blocks: torch.Tensor | None = None  # uint8 [N, bytes]: the codes as packed already, on a grid of ggml
 
 
 def choose_qparams(

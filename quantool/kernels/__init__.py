@@ -1,4 +1,7 @@
-"""Operators with compiled kernels: `ops.py` holds schemas and torch references, csrc/ the C++, this file builds it.
+"""Operators with compiled kernels: schemas and torch references beside it, the C++ in csrc/; this file builds it.
+
+    ops.py         what linears compute from packed weights       gptq_ops.py    the column loops of GPTQ
+    ggml.py        blocks of ggml, whose references are in formats/ggml
 
 The first use of a compiled operator compiles csrc/ through torch.utils.cpp_extension (two seconds), once per machine:
 
