@@ -88,8 +88,8 @@ class CheckpointWriter:
         self._lock = threading.Lock()
         self._descriptors: dict[str, int] = {}
         self._slots = {name: (file.name, start) for file in self._files for name, start in file.starts.items()}
-        self.directory = _temporary(self.output)
-        self._parents = _missing_parents(self.output)
+        self.directory = temporary_path(self.output)
+        self._parents = missing_parents(self.output)
         try:
             self._allocate()
         except BaseException:
@@ -119,15 +119,15 @@ class CheckpointWriter:
                 raise QuantoolError(f"{self.output}: tensor {name!r} is written twice")
             self._written.add(name)
         file, start = self._slots[name]
-        with _writing(self.output):
-            _write_at(self._descriptors[file], _bytes_of(tensor), start)
+        with writing(self.output):
+            write_at(self._descriptors[file], bytes_of(tensor), start)
 
     def commit(self) -> None:
         """Write config.json and the index, make everything durable and rename it to `output`."""
         missing = [name for name in self._plan if name not in self._written]
         if missing:
             raise QuantoolError(f"{self.output}: {len(missing)} planned tensors were not written, first {missing[0]!r}")
-        with _writing(self.output):
+        with writing(self.output):
             _write_json(self.directory / "config.json", self._config)
             if len(self._files) > 1:
                 index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in self._plan.values())}}
@@ -135,25 +135,25 @@ class CheckpointWriter:
                 _write_json(self.directory / "model.safetensors.index.json", {**index, "weight_map": names})
             self._close()
             for path in sorted(self.directory.rglob("*"), reverse=True):
-                _fsync(path)
-            _fsync(self.directory)
+                fsync(path)
+            fsync(self.directory)
             if self._overwrite and self.output.exists():
                 _replace_directory(self.directory, self.output)
             else:
                 self.directory.rename(self.output)
             self._parents = []
-            _fsync(self.output.parent)
+            fsync(self.output.parent)
 
     def _allocate(self) -> None:
-        with _writing(self.output):
+        with writing(self.output):
             self.output.parent.mkdir(parents=True, exist_ok=True)
-            _check_space(self.output, self.nbytes)
+            check_space(self.output, self.nbytes)
             _make_temporary(self.directory)
             for file in self._files:
                 descriptor = os.open(self.directory / file.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
                 self._descriptors[file.name] = descriptor
-                _preallocate(descriptor, file.nbytes)
-                _write_at(descriptor, memoryview(file.header), 0)
+                preallocate(descriptor, file.nbytes)
+                write_at(descriptor, memoryview(file.header), 0)
 
     def _close(self) -> None:
         while self._descriptors:
@@ -175,21 +175,21 @@ def write_file(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mappin
     """
     path = Path(os.path.realpath(path))
     check_output_file(path, overwrite)
-    file, temporary, parents = _plan_of(path.name, tensors, metadata), _temporary(path), _missing_parents(path)
+    file, temporary, parents = _plan_of(path.name, tensors, metadata), temporary_path(path), missing_parents(path)
     try:
-        with _writing(path):
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            _check_space(path, file.nbytes)
+            check_space(path, file.nbytes)
             temporary.unlink(missing_ok=True)
             with open(temporary, "xb") as out:
-                _preallocate(out.fileno(), file.nbytes)
-                _write_at(out.fileno(), memoryview(file.header), 0)
+                preallocate(out.fileno(), file.nbytes)
+                write_at(out.fileno(), memoryview(file.header), 0)
                 for name, tensor in tensors.items():
-                    _write_at(out.fileno(), _bytes_of(tensor), file.starts[name])
+                    write_at(out.fileno(), bytes_of(tensor), file.starts[name])
                 os.fsync(out.fileno())
             os.replace(temporary, path)
             parents = []
-            _fsync(path.parent)
+            fsync(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -281,7 +281,8 @@ def _plan_file(name: str, tensors: Sequence[PlannedTensor], metadata: Mapping[st
     return _File(name, header, starts, len(header) + offset)
 
 
-def _temporary(path: Path) -> Path:
+def temporary_path(path: Path) -> Path:
+    """Where `path` is written before it is renamed: hidden, and on the same file system."""
     return path.with_name(f".{path.name}.tmp-{os.getpid()}")
 
 
@@ -291,18 +292,20 @@ def _make_temporary(directory: Path) -> None:
     directory.mkdir()
 
 
-def _missing_parents(path: Path) -> list[Path]:
+def missing_parents(path: Path) -> list[Path]:
     """Directories that writing `path` will create, innermost first."""
     return [parent for parent in path.parents if not os.path.lexists(parent)]
 
 
-def _check_space(path: Path, needed: int) -> None:
+def check_space(path: Path, needed: int) -> None:
+    """Raises QuantoolError when the file system of `path` has less than `needed` bytes free."""
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise QuantoolError(f"{path}: needs {needed} bytes, the file system has {free} free", hint=FREE_SPACE)
 
 
-def _preallocate(descriptor: int, size: int) -> None:
+def preallocate(descriptor: int, size: int) -> None:
+    """Reserve `size` bytes on the disk, so that a full one is found now; a hole where that cannot be done."""
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(descriptor, 0, size)
@@ -313,13 +316,14 @@ def _preallocate(descriptor: int, size: int) -> None:
     os.ftruncate(descriptor, size)
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The tensor's bytes, without a copy when it is contiguous on the CPU."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
-def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
+def write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    """All of `data` at a position of the file, from any thread."""
     while data:  # one call writes at most 2 GiB on Linux
         count = os.pwrite(descriptor, data, offset)
         data, offset = data[count:], offset + count
@@ -329,7 +333,8 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Make a file, or the names in a directory, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -350,7 +355,8 @@ def _replace_directory(source: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """OSErrors inside become one line that names `path`, with what to do about it."""
     try:
         yield
     except OSError as error:

@@ -92,7 +92,8 @@ def as_linears(checkpoint: Checkpoint) -> LinearsCheckpoint:
 
 def _infos(checkpoint: Checkpoint, info: TensorInfo) -> dict[str, tuple[TensorInfo, _View | None]] | None:
     """The matrices that a stored tensor holds, when it is not one of its own."""
-    if info.dtype not in FLOAT_NAMES:
+    # Of a GGUF file every tensor is a float one as it is read; elsewhere another dtype is that of packed codes.
+    if info.dtype not in FLOAT_NAMES and not checkpoint.path.is_file():
         return None
     if len(info.shape) == 2 and _is_transposed(checkpoint.config, info.name):
         return {info.name: (replace(info, shape=info.shape[::-1]), _View(info.name))}

@@ -285,11 +285,25 @@ def test_llama3_scaling_is_the_one_of_transformers(tmp_path: Path) -> None:
 
 
 CONFIG_ERRORS: dict[str, tuple[dict[str, Any], Edit | None, str]] = {
-    "architecture": ({"arch": "gptneox"}, None, "architecture 'gptneox' is not known, expected one of llama"),
+    "architecture": (
+        {"arch": "mamba"},
+        None,
+        "architecture 'mamba' is not known, expected one of llama, smollm3, qwen2",
+    ),
     "unknown tensor": (
         {},
-        lambda w: w.add_tensor("blk.0.ffn_gate_exps.weight", np.ones((2, 2), np.float32)),
-        "'blk.0.ffn_gate_exps.weight' is not known",
+        lambda w: w.add_tensor("blk.0.ffn_gate_shexp.weight", np.ones((2, 2), np.float32)),
+        "'blk.0.ffn_gate_shexp.weight' is not known in architecture 'llama'",
+    ),
+    "stack": (
+        {},
+        lambda w: w.add_tensor("blk.0.ffn_gate_exps.weight", np.ones((2, 2, 2), np.float32)),
+        "llama.expert_count is 0, 'blk.0.ffn_gate_exps.weight' is a stack of 2",
+    ),
+    "no stack": (
+        {},
+        lambda w: w.add_tensor("blk.0.ffn_gate_exps.weight", np.ones(2, np.float32)),
+        "'blk.0.ffn_gate_exps.weight': shape [2], expected a stack",
     ),
     "experts": ({}, lambda w: w.add_expert_count(8), "llama.expert_count is 8"),
     "split": ({}, lambda w: w.add_uint16("split.count", 3), "is one part of a split model"),
@@ -297,8 +311,12 @@ CONFIG_ERRORS: dict[str, tuple[dict[str, Any], Edit | None, str]] = {
     "heads": ({}, lambda w: w.add_key_length(24), "rotary dimension 16 of heads of 24"),
     "yarn": (
         {},
-        lambda w: (w.add_rope_scaling_type(gguf.RopeScalingType.YARN), w.add_rope_scaling_attn_factors(1.5)),
-        "rope scaling 'yarn' with ['attn_factor']",
+        lambda w: (
+            w.add_rope_scaling_type(gguf.RopeScalingType.YARN),
+            w.add_rope_scaling_factor(2.0),
+            w.add_rope_scaling_attn_factors(1.5),
+        ),
+        "llama.rope.scaling.attn_factor is 1.5, which is not supported",
     ),
     "rope_freqs": (
         {},
