@@ -3,6 +3,11 @@
 A dataset is `builtin` (text that every Python carries, so nothing needs the network), a text, jsonl or parquet
 file, or the name of a hub dataset. Documents are joined by a blank line, tokenized once, and cut into windows
 that do not overlap. Only as much text is read as the windows asked for need.
+
+`chunks` cuts as llama-perplexity does, so that figures can be compared with its own: a text file is one string, byte
+for byte, less one line break at its end; special tokens spelled out in the text are plain text; where the model begins
+a text with BOS, BOS is in front of the first window and replaces the first token of every window.
+Source: common/arg.cpp (--file) and tools/perplexity/perplexity.cpp of https://github.com/ggml-org/llama.cpp
 """
 
 import ast
@@ -24,6 +29,7 @@ Progress = Callable[[int, int, str], None]
 DEFAULT_SEQ_LEN = 2048
 CHARS_PER_TOKEN = 8  # of text read per token asked for: twice what is usual, so that one read is nearly always enough
 JOIN = "\n\n"
+TABLES = frozenset({".jsonl", ".json", ".parquet"})  # files of rows; every other file is text
 # Of the standard library: what is installed beside it, and text about tests.
 NOT_DOCUMENTATION = frozenset({"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"})
 
@@ -46,6 +52,15 @@ class Tokenizer(Protocol):
     def __call__(self, text: str, *, verbose: bool) -> Any: ...
 
 
+class SpecialTokenizer(Protocol):
+    """The part that `chunks` uses: who puts BOS in front, and whether "</s>" in a text is a token, is the caller's."""
+
+    @property
+    def bos_token_id(self) -> int | None: ...
+
+    def __call__(self, text: str, *, add_special_tokens: bool, split_special_tokens: bool, verbose: bool) -> Any: ...
+
+
 def no_progress(done: int, total: int, label: str) -> None:
     """Progress for a caller that does not watch."""
 
@@ -62,9 +77,36 @@ def token_windows(options: TextOptions, tokenizer: Tokenizer, seq_len: int) -> "
 
     Raises QuantoolError when the text holds fewer windows than asked for: never silently fewer.
     """
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+        return ids
+
+    return _cut(options, _token_ids(options, documents_of(options), encode, seq_len), seq_len)
+
+
+def chunks(options: TextOptions, tokenizer: SpecialTokenizer, seq_len: int) -> "torch.Tensor":
+    """Token ids int64 [num_samples, seq_len] as llama-perplexity cuts them: see the top of the module.
+
+    Raises QuantoolError as `token_windows` does.
+    """
+    begun: list[int] = tokenizer("", add_special_tokens=True, split_special_tokens=True, verbose=False)["input_ids"]
+    bos = begun[:1] if begun[:1] == [tokenizer.bos_token_id] else []
+
+    def encode(text: str) -> list[int]:
+        found = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        return [*bos, *found["input_ids"]]
+
+    windows = _cut(options, _token_ids(options, documents_of(options, raw=True), encode, seq_len), seq_len)
+    if bos:
+        windows[:, 0] = bos[0]
+    return windows
+
+
+def _cut(options: TextOptions, token_ids: list[int], seq_len: int) -> "torch.Tensor":
     import torch
 
-    ids = torch.tensor(_token_ids(options, tokenizer, seq_len), dtype=torch.int64)
+    ids = torch.tensor(token_ids, dtype=torch.int64)
     available = len(ids) // seq_len
     wanted = available if options.num_samples is None else options.num_samples
     if wanted > available or not available:
@@ -80,17 +122,18 @@ def token_windows(options: TextOptions, tokenizer: Tokenizer, seq_len: int) -> "
     return windows[:wanted].clone()
 
 
-def _token_ids(options: TextOptions, tokenizer: Tokenizer, seq_len: int) -> list[int]:
+def _token_ids(
+    options: TextOptions, documents: Iterator[str], encode: Callable[[str], list[int]], seq_len: int
+) -> list[int]:
     """Ids of the whole text, or of as long a beginning of it as the first `num_samples` windows need."""
     in_order = options.num_samples is not None and not options.seed
     needed = (options.num_samples or 0) * seq_len
-    documents = documents_of(options)
     parts: list[str] = []
     limit = needed * CHARS_PER_TOKEN if in_order else None
     while True:
         complete = _read(documents, parts, limit)
         # The last tokens before a cut are not those of the longer text: never use them.
-        ids: list[int] = tokenizer(JOIN.join(parts), verbose=False)["input_ids"]
+        ids = encode(JOIN.join(parts))
         if complete or len(ids) > needed + 64:
             return ids
         limit = (limit or 1) * 2
@@ -107,13 +150,16 @@ def _read(documents: Iterator[str], parts: list[str], limit: int | None) -> bool
     return True
 
 
-def documents_of(options: TextOptions) -> Iterator[str]:
-    """The documents of a dataset, in order; nothing is read before the first is asked for."""
+def documents_of(options: TextOptions, *, raw: bool = False) -> Iterator[str]:
+    """The documents of a dataset, in order; nothing is read before the first is asked for.
+
+    With `raw` a text file keeps its line breaks of any kind, but for the last of all.
+    """
     if options.dataset == "builtin":
         return builtin_documents(options.split)
     path = Path(options.dataset)
     if path.is_file():
-        return _file_documents(path, options)
+        return _file_documents(path, options, raw)
     if path.exists() or path.suffix or options.dataset.count("/") > 1:
         raise QuantoolError(
             f"dataset '{options.dataset}': no such file",
@@ -122,20 +168,24 @@ def documents_of(options: TextOptions) -> Iterator[str]:
     return _hub_documents(options)
 
 
-def _file_documents(path: Path, options: TextOptions) -> Iterator[str]:
-    if path.suffix in {".jsonl", ".json", ".parquet"}:
+def _file_documents(path: Path, options: TextOptions, raw: bool) -> Iterator[str]:
+    if path.suffix in TABLES:
         if not path.stat().st_size:
             raise QuantoolError(f"dataset '{options.dataset}': the file is empty", hint="use a file that has text")
         kind = "parquet" if path.suffix == ".parquet" else "json"
         return _column(_load_dataset(kind, options, data_files=str(path), split="train"), options)
-    return _text_file(path)
+    return _text_file(path, raw)
 
 
-def _text_file(path: Path) -> Iterator[str]:
+def _text_file(path: Path, raw: bool) -> Iterator[str]:
     try:
-        yield path.read_text(encoding="utf-8", errors="replace")
+        data = path.read_bytes()
     except OSError as error:
         raise QuantoolError(f"{path}: cannot be read: {error.strerror}", hint="check the file's permissions") from error
+    if raw:  # llama.cpp reads each byte that is not UTF-8 as one replacement character, Python some of them together
+        yield re.sub("[\udc80-\udcff]", "\ufffd", data.decode("utf-8", "surrogateescape")).removesuffix("\n")
+    else:
+        yield re.sub("\r\n?", "\n", data.decode("utf-8", "replace"))
 
 
 def _hub_documents(options: TextOptions) -> Iterator[str]:

@@ -149,9 +149,16 @@ class PackedCheckpoint:
 
     def scale_dtype(self, module: str) -> torch.dtype:
         """What the scales of a module are stored in."""
-        names = (name for name in self.packed_names(module) if name.rpartition(".")[2] in SCALES)
-        scale = next(names, None)
+        scale = self._scale_name(module)
         return torch.float32 if scale is None else DTYPES[self._stored.infos[scale].dtype]
+
+    def scales(self, module: str) -> tuple[str, torch.Tensor] | None:
+        """Name and values of the stored scales of a module, if it has its own tensor for them."""
+        name = self._scale_name(module)
+        return None if name is None else (name, self._stored.read(name))
+
+    def _scale_name(self, module: str) -> str | None:
+        return next((name for name in self.packed_names(module) if name.rpartition(".")[2] in SCALES), None)
 
     def ordered(self, module: str) -> bool:
         """Whether the columns of a group lie apart, as GPTQ's act-order leaves them."""

@@ -19,13 +19,17 @@ from quantool import __version__
 from quantool.data import Progress, TextOptions, no_progress, resolve_seq_len, token_windows
 from quantool.errors import QuantoolError, UsageError
 from quantool.io import Checkpoint
+from quantool.io.imatrix import imatrix_bytes, write_imatrix
 from quantool.io.safetensors import MappedFile
 from quantool.io.writer import check_output_file, file_bytes, write_file
 from quantool.model.blocks import embed, is_linear, stream_blocks
 from quantool.model.experts import expert_of
 from quantool.model.skeleton import Network, load_tokenizer
 from quantool.runtime import open_model
+from quantool.stages.gguf_importance import imatrix_of
 from quantool.stages.resources import Stopwatch, peak_memory_bytes
+
+DEFAULT_OUTPUTS = {"safetensors": "calibration.safetensors", "imatrix": "imatrix.gguf"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +58,10 @@ class CalibrateResult:
 @torch.inference_mode()
 def run(
     model: str,
-    output: Path,
+    output: Path | None,
     *,
     text: TextOptions,
+    format_name: str = "safetensors",
     batch_size: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
@@ -66,22 +71,29 @@ def run(
 ) -> CalibrateResult:
     """Write the calibration file of MODEL; with `dry_run` only say what it would hold.
 
+    With `format_name` "imatrix" it is an importance matrix of llama.cpp: GGUF names, sums of squares and counts.
     Raises QuantoolError when the model or the text cannot be used, UsageError when `output` exists.
     """
     watch = Stopwatch()
+    output = output or Path(DEFAULT_OUTPUTS[format_name])
     check_output_file(output, overwrite)
     network = open_model(model, dtype=dtype, device=device)
     windows = sample_windows(network, text)
-    tensors: dict[str, torch.Tensor] = {"input_ids": windows.to(torch.int32)}
-    metadata = _metadata(network.checkpoint, text, windows)
-    routed: dict[str, int] = {}
-    if dry_run:
-        tensors |= _planned(network)
-        size = file_bytes(tensors, metadata)
+    tensors = _planned(network)
+    if format_name == "imatrix":  # small, and first: an architecture that llama.cpp does not know fails before the work
+        imatrix_of(network.checkpoint, tensors, text.dataset, windows)
+    if not dry_run:
+        tensors = record(network, windows, batch_size, progress)
+    routed = {} if dry_run else tokens_of_experts(tensors)
+    if format_name == "imatrix":
+        made = imatrix_of(network.checkpoint, tensors, text.dataset, windows)
+        size = imatrix_bytes(made) if dry_run else write_imatrix(output, made, overwrite=overwrite)
     else:
-        tensors |= record(network, windows, batch_size, progress)
-        routed = tokens_of_experts(tensors)
-        size = write_file(output, tensors, metadata, overwrite=overwrite)
+        tensors = {"input_ids": windows.to(torch.int32), **tensors}
+        metadata = _metadata(network.checkpoint, text, windows)
+        size = file_bytes(tensors, metadata)
+        if not dry_run:
+            write_file(output, tensors, metadata, overwrite=overwrite)
     least = min(routed, key=lambda name: routed[name], default=None)
     return CalibrateResult(
         output=str(output),

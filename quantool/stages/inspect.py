@@ -31,6 +31,8 @@ from quantool.io.safetensors import MappedFile
 from quantool.model.names import module_kind
 from quantool.model.views import as_linears
 from quantool.runtime import PackedCheckpoint
+from quantool.stages.inspect_gguf import GgufFacts, GgufTensors, facts_of, open_gguf
+from quantool.stages.inspect_gguf import verify as verify_gguf
 
 PIECE = 1 << 24  # values compared at a time
 # Where a "quantization_config" says which of a format's layouts it is: compressed-tensors, awq, gptq, auto-round.
@@ -70,7 +72,7 @@ class InspectResult:
     """`bits_per_weight` is over the whole artifact, None for what is no model; `schemes` counts modules per scheme.
 
     `linears` is how many linears a calibration file has statistics of, and `activations` these, the largest
-    `max_to_median` first.
+    `max_to_median` first. `gguf` is None for every other kind of file.
     """
 
     artifact: str
@@ -85,6 +87,8 @@ class InspectResult:
     tensors: list[TensorRow] = field(default_factory=list)
     linears: int | None = None
     activations: list[ActivationRow] = field(default_factory=list)
+    gguf: GgufFacts | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +98,10 @@ class _Artifact:
     path: Path
     format: str
     infos: Mapping[str, TensorInfo]
-    stored: "Checkpoint | MappedFile"
+    stored: "Checkpoint | MappedFile | GgufTensors"
     packed: PackedCheckpoint | None
     metadata: dict[str, str]
+    notes: list[str] = field(default_factory=list)
 
     def has(self, name: str) -> bool:
         """Whether `values` can give this tensor."""
@@ -136,7 +141,10 @@ def run(
         kept = _with_errors(opened, _open(against, linears=True), kept, progress)
     if stats and listed:
         kept = [_with_stats(row, opened.values(row.name)) for row in kept]
-    if verify:
+    gguf = opened.stored.file if isinstance(opened.stored, GgufTensors) else None
+    if verify and gguf is not None:
+        verify_gguf(gguf, progress)
+    elif verify:
         _verify(opened, rows, progress)
     size = sum(info.nbytes for info in opened.infos.values())
     parameters = sum(math.prod(row.shape) for row in rows if row.bits_per_weight is not None)
@@ -153,6 +161,8 @@ def run(
         tensors=kept if listed else [],
         linears=None if linears is None else len(linears),
         activations=_activations(opened, linears, filter) if linears and stats else [],
+        gguf=None if gguf is None else facts_of(gguf),
+        notes=opened.notes,
     )
 
 
@@ -163,6 +173,9 @@ def _open(artifact: str, *, linears: bool = False) -> _Artifact:
         file = MappedFile(path)
         kind = "calibration" if "input_ids" in file.infos else "safetensors"
         return _Artifact(path, kind, file.infos, file, None, dict(file.metadata))
+    if path.suffix == ".gguf" and path.is_file():
+        stored, metadata, notes = open_gguf(path, linears=linears)
+        return _Artifact(path, "gguf", stored.infos, stored, None, metadata, notes)
     checkpoint: Checkpoint = open_checkpoint(artifact)
     checkpoint = as_linears(checkpoint) if linears else checkpoint
     config = checkpoint.config
@@ -170,8 +183,7 @@ def _open(artifact: str, *, linears: bool = False) -> _Artifact:
     metadata = {key: str(value) for key, value in checkpoint.metadata.items()}
     metadata |= {key: str(config[key]) for key in ("model_type", "architectures", "num_hidden_layers") if key in config}
     if format_ is None:
-        kind = "gguf" if checkpoint.path.suffix == ".gguf" else "safetensors"
-        return _Artifact(checkpoint.path, kind, checkpoint.infos, checkpoint, None, metadata)
+        return _Artifact(checkpoint.path, "safetensors", checkpoint.infos, checkpoint, None, metadata)
     section = config["quantization_config"]
     words = [section[key] for key in VARIANTS if isinstance(section.get(key), str) and section[key] != format_.NAME]
     kind = " ".join((format_.NAME, *words[:1]))
@@ -194,7 +206,7 @@ def _rows(opened: _Artifact) -> Iterator[TensorRow]:
     for info in left.values():
         count = math.prod(info.shape)
         # Statistics and indices are no weights of a model.
-        counted = opened.format != "calibration" and count
+        counted = opened.format != "calibration" and opened.metadata.get("general.type") != "imatrix" and count
         yield TensorRow(
             info.name, info.dtype, list(info.shape), info.nbytes, info.nbytes * 8 / count if counted else None
         )

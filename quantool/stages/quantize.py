@@ -61,7 +61,7 @@ def run(
     watch = Stopwatch()
     opened = open_checkpoint(model)
     require_decoder(opened)
-    if detect(opened.config) is not None:
+    if detect(opened.config) is not None or (repack_to is not None and repack.holds_codes(opened)):
         format_name = _repack_format(opened, repack_to)
         return repack.run(
             opened,

@@ -24,14 +24,15 @@ from quantool.data import Progress, no_progress
 from quantool.errors import QuantoolError, UsageError
 from quantool.formats import FORMATS, Format, detect, exact_scales
 from quantool.io import Checkpoint, model_dtype
-from quantool.io.safetensors import dtype_name
+from quantool.io.gguf import GgufCheckpoint
+from quantool.io.safetensors import DTYPES, dtype_name
 from quantool.io.writer import CheckpointWriter, PlannedTensor, planned_bytes
 from quantool.model.names import find_linears
 from quantool.quant import QuantizedTensor, require_finite
 from quantool.runtime import PackedCheckpoint
-from quantool.runtime.load import SCALES
 from quantool.scheme import QuantScheme
-from quantool.stages.plan import PlanRow, QuantizeResult, check_output, describe
+from quantool.stages.gguf_packed import GgufPacked
+from quantool.stages.plan import PlanRow, QuantizeResult, check_output, describe, stored_dtype
 from quantool.stages.resources import Stopwatch, peak_memory_bytes
 
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -43,7 +44,7 @@ class _Source:
     """A quantized checkpoint, and what the config and the layout of a target follow from."""
 
     checkpoint: Checkpoint
-    packed: PackedCheckpoint
+    packed: PackedCheckpoint | GgufPacked
     schemes: dict[str, QuantScheme]
     shapes: dict[str, tuple[int, int]]
     kept: tuple[str, ...]  # linears that are in float
@@ -112,8 +113,7 @@ def run(
 
 
 def _read_source(checkpoint: Checkpoint) -> _Source:
-    format_ = detect(checkpoint.config)
-    packed = None if format_ is None else PackedCheckpoint(checkpoint, format_)
+    packed = _open_packed(checkpoint)
     if packed is None or not packed.schemes:
         raise QuantoolError(
             f"{checkpoint.path}: has no quantized weights, expected a quantized checkpoint to repack",
@@ -132,7 +132,19 @@ def _read_source(checkpoint: Checkpoint) -> _Source:
     )
 
 
-def _weight_dtypes(packed: PackedCheckpoint) -> dict[str, torch.dtype]:
+def holds_codes(checkpoint: Checkpoint) -> bool:
+    """Whether a GGUF file has codes that another format may hold as they are."""
+    return isinstance(checkpoint, GgufCheckpoint) and bool(GgufPacked(checkpoint).schemes)
+
+
+def _open_packed(checkpoint: Checkpoint) -> PackedCheckpoint | GgufPacked | None:
+    if isinstance(checkpoint, GgufCheckpoint):
+        return GgufPacked(checkpoint)
+    format_ = detect(checkpoint.config)
+    return None if format_ is None else PackedCheckpoint(checkpoint, format_)
+
+
+def _weight_dtypes(packed: PackedCheckpoint | GgufPacked) -> dict[str, torch.dtype]:
     """bitsandbytes writes the dtype of a 4-bit weight into its JSON, and dequantizes to that."""
     found = {}
     for module, scheme in packed.schemes.items():
@@ -142,7 +154,7 @@ def _weight_dtypes(packed: PackedCheckpoint) -> dict[str, torch.dtype]:
     return found
 
 
-def _actual_schemes(packed: PackedCheckpoint) -> dict[str, QuantScheme]:
+def _actual_schemes(packed: PackedCheckpoint | GgufPacked) -> dict[str, QuantScheme]:
     """The schemes, symmetric where no module of one has a zero point off the middle; the first that has ends it."""
     middle = {scheme for scheme in packed.schemes.values() if not scheme.sym}
     for module, scheme in packed.schemes.items():
@@ -154,13 +166,13 @@ def _actual_schemes(packed: PackedCheckpoint) -> dict[str, QuantScheme]:
     return {name: replace(scheme, sym=scheme.sym or scheme in middle) for name, scheme in packed.schemes.items()}
 
 
-def _drop(packed: PackedCheckpoint, module: str) -> None:
+def _drop(packed: PackedCheckpoint | GgufPacked, module: str) -> None:
     """Forget the pages of a module that has been read."""
     for name in packed.packed_names(module):
         packed.drop(name)
 
 
-def _kept(packed: PackedCheckpoint, shapes: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
+def _kept(packed: PackedCheckpoint | GgufPacked, shapes: Mapping[str, tuple[int, int]]) -> tuple[str, ...]:
     """The linears in float, told as `quantize` tells them: from the names and shapes of the float checkpoint."""
     for module, shape in shapes.items():
         packed.place(module, {"weight": (shape, torch.float32)})
@@ -173,7 +185,7 @@ def _require_fit(source: _Source, target: Format) -> torch.dtype:
     found = _fit(source, target)
     if isinstance(found, torch.dtype):
         return found
-    own = source.checkpoint.config["quantization_config"].get("quant_method")
+    own = source.checkpoint.config.get("quantization_config", {}).get("quant_method")
     able = [name for name, other in FORMATS.items() if name != own and isinstance(_fit(source, other), torch.dtype)]
     raise UsageError(
         f"{source.checkpoint.path}: cannot be repacked as {target.NAME} without requantizing: {found}",
@@ -198,11 +210,10 @@ def _scale_dtype(source: _Source, target: Format) -> torch.dtype | str:
     stored = {dtype: target.round_scales(torch.ones(1), dtype).dtype for dtype in (source.model_dtype, *SCALE_DTYPES)}
     exact = set(stored.values())
     for module in source.schemes:
-        names = (name for name in source.packed.packed_names(module) if name.rpartition(".")[2] in SCALES)
-        name = next(names, None)
-        if name is None or exact == {torch.float32}:  # float32 holds what any format stores
+        found = source.packed.scales(module)
+        if found is None or exact == {torch.float32}:  # float32 holds what any format stores
             continue
-        scales = source.checkpoint.read(name)
+        name, scales = found
         held = {dtype for dtype in exact if torch.equal(scales.to(dtype).double(), scales.double())}
         if not held:
             require_finite(name, scales)
@@ -221,8 +232,9 @@ def _layout(source: _Source, target: Format, dtype: torch.dtype) -> tuple[list[P
     for module in dict.fromkeys(module_of.get(name, name) for name in source.checkpoint.infos):
         if module not in source.schemes:
             info = source.checkpoint.infos[module]
-            tensors.append(PlannedTensor(info.name, info.dtype, info.shape))
-            rows.append(PlanRow(info.name, list(info.shape), info.dtype, "copied", "", info.nbytes))
+            kept = PlannedTensor(info.name, stored_dtype(info, dtype), info.shape)
+            tensors.append(kept)
+            rows.append(PlanRow(info.name, list(info.shape), info.dtype, "copied", "", kept.nbytes))
             continue
         layout = source.layout(target, module, dtype)
         written = [PlannedTensor(f"{module}.{suffix}", *entry) for suffix, entry in layout.items()]
@@ -244,7 +256,8 @@ def _write(source: _Source, target: Format, dtype: torch.dtype, writer: Checkpoi
         _drop(source.packed, module)
         progress(i + 1, total, "repacking")
     for i, name in enumerate(copied):
-        writer.write(name, source.checkpoint.read(name))
+        stored = DTYPES[stored_dtype(source.checkpoint.infos[name], dtype)]  # a block type of ggml is none
+        writer.write(name, source.checkpoint.read(name).to(stored))
         source.checkpoint.drop(name)
         progress(len(source.schemes) + i + 1, total, "repacking")
 

@@ -23,7 +23,7 @@ from quantool.data import TextOptions
 from quantool.errors import QuantoolError, UsageError
 from quantool.formats import FORMATS
 from quantool.io import open_checkpoint
-from quantool.options import CALIBRATED
+from quantool.cli.options import CALIBRATED
 from quantool.quant import dequantize_affine
 from quantool.recipe import METHOD_DEFAULTS, Override, Recipe
 from quantool.runtime import PackedCheckpoint, load
