@@ -98,7 +98,7 @@ def run(
     watch = Stopwatch()
     source = open_source(model)
     require_decoder(source.checkpoint)
-    plan = make_plan(source, options, imatrix)
+    plan = make_plan(source, options, imatrix, calibrated=method != "rtn")
     target = output or Path(f"{_stem(model)}-{plan.outtype.upper()}.gguf")
     _check_output(source, target, overwrite, dry_run=dry_run)
     check_tied(source.linears, plan.dropped)
@@ -107,7 +107,7 @@ def run(
         _check_calibrated(source, plan, method)
         network = open_network(source.linears, dtype=dtype, device=device)
         windows = read_windows(calibration, network) if calibration else sample_windows(network, text or TextOptions())
-    notes, folded = list(plan.notes), 0
+    notes, folded = [*plan.notes, *_method_notes(plan, method)], 0
     if dry_run:
         size = planned_bytes(plan.tensors, metadata=plan.metadata, split_max_size=split_max_size)
     else:
@@ -170,6 +170,18 @@ def _check_output(source: Source, target: Path, overwrite: bool, *, dry_run: boo
         raise UsageError(f"{target}: is the model itself", hint="choose another -o")
     if not dry_run:
         check_output_file(target, overwrite)
+
+
+def _method_notes(plan: GgufPlan, method: str) -> list[str]:
+    """What GPTQ cannot round, whose grids have a step between neighbours."""
+    tables = {name for name, kind in GGML_TYPES.items() if kind.levels is not None}
+    left = [kind for name, kind in plan.types.items() if kind in tables and name.startswith("blk.")]
+    if "gptq" not in method or not left:
+        return []
+    kinds = " and ".join(sorted(set(left)))
+    return [
+        f"{len(left)} tensors in {kinds} are rounded by importance alone: their levels are a table, no grid for GPTQ"
+    ]
 
 
 def _check_calibrated(source: Source, plan: GgufPlan, method: str) -> None:

@@ -68,9 +68,10 @@ class GgufPlan:
         return sum(math.prod(target.shape) for target in self.targets if target.sources)
 
 
-def make_plan(source: Source, options: GgufOptions, imatrix: Path | None) -> GgufPlan:
+def make_plan(source: Source, options: GgufOptions, imatrix: Path | None, *, calibrated: bool = False) -> GgufPlan:
     """Decide everything that can be decided without reading a weight.
 
+    `calibrated` says that the weights will be rounded by what reaches them: the mix is that of an imatrix.
     Raises UsageError for types that cannot be, QuantoolError for a model, tokenizer or imatrix that cannot be used.
     """
     architecture = find_architecture(source.config)
@@ -94,7 +95,7 @@ def make_plan(source: Source, options: GgufOptions, imatrix: Path | None) -> Ggu
         [(target.name, target.shape) for target in found],
         outtype,
         facts=facts_of(metadata),
-        imatrix=bool(importance),
+        imatrix=bool(importance) or calibrated,
         tensor_types=options.tensor_types,
         token_embedding_type=options.token_embedding_type,
         output_tensor_type=options.output_tensor_type,

@@ -177,6 +177,22 @@ def test_calibrated_blocks_lose_less(
     assert divergence(our_logits(better), theirs) < ROUNDED_ACTIVATIONS
 
 
+def test_a_calibrated_file_has_the_mix_of_an_imatrix(wide_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="needs an importance matrix"):
+        convert(wide_llama, tmp_path / "m.gguf", "q2_k_s", dry_run=True)
+    made = convert(wide_llama, tmp_path / "m.gguf", "q2_k_s", method="gptq")
+    assert made.types["Q2_K"] > 0
+    assert types_of(tmp_path / "m.gguf")["blk.0.attn_q.weight"] == "Q2_K"
+
+
+def test_what_gptq_has_no_grid_for_is_said(tiny_llama: Path, tmp_path: Path) -> None:
+    notes = convert(tiny_llama, tmp_path / "m.gguf", "iq4_nl", method="gptq", dry_run=True).notes
+    assert any("14 tensors in IQ4_NL are rounded by importance alone" in note for note in notes)
+    assert not any(
+        "importance alone" in note for note in convert(tiny_llama, tmp_path / "m", "q4_0", dry_run=True).notes
+    )
+
+
 def test_a_gguf_is_copied_and_not_rounded_twice(wide_llama: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first.gguf", tmp_path / "second.gguf"
     convert(wide_llama, first, "q4_k_m")

@@ -19,11 +19,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from quantool.cli.options import CALIBRATED
 from quantool.data import TextOptions
 from quantool.errors import QuantoolError, UsageError
 from quantool.formats import FORMATS
 from quantool.io import open_checkpoint
-from quantool.cli.options import CALIBRATED
 from quantool.quant import dequantize_affine
 from quantool.recipe import METHOD_DEFAULTS, Override, Recipe
 from quantool.runtime import PackedCheckpoint, load
