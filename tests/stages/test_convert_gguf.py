@@ -287,6 +287,15 @@ def test_blocks_become_codes_of_compressed_tensors(outtype: str, tiny_llama: Pat
     torch.testing.assert_close(our_logits(tmp_path / "ct"), our_logits(tmp_path / "m.gguf"), rtol=0, atol=2e-3)
 
 
+@pytest.mark.parametrize("name", gguf_families.FIRST.values())
+def test_a_gguf_of_every_architecture_is_quantized_as_its_checkpoint_is(name: str, tmp_path: Path) -> None:
+    gguf_families.save_case(name, tmp_path / "model")
+    convert(tmp_path / "model", tmp_path / "m.gguf", "f32")
+    for model, out in (("model", "a"), ("m.gguf", "b")):
+        quantize.run(str(tmp_path / model), tmp_path / out, Recipe(group_size=32), text=TEXT)
+    torch.testing.assert_close(our_logits(tmp_path / "a"), our_logits(tmp_path / "b"), rtol=0, atol=1e-4)
+
+
 def test_a_value_beyond_float16_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(tiny_llama, model)

@@ -166,7 +166,7 @@ def _plain_block(
 ) -> tuple[Tensor, Tensor]:
     scale = torch.where(scale.isnan(), search.constant(0.0), scale)
     if not exact:
-        weights = [objective, None if users is None else users[0]]
+        weights = [objective, None] if users is None else [users[0], objective]
         tops = NEGATIVE_TOPS + POSITIVE_TOPS
         scale = search.half(scale)
         scale = search.refine(x, weights, nearest_level, scale, largest=search.signed_max(x), tops=tops, rounds=2)

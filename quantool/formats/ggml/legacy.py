@@ -134,7 +134,7 @@ def _quantize_rows(kind: LegacyType, weight: Tensor, importance: Tensor | None, 
         objective = search.objective_of(weight, x, users, exact=exact)
     d, m, codes = _ggml(kind, x, objective)
     if not exact:
-        d, m, codes = _better(kind, x, (d, m), [users] if objective is None else [objective, users])
+        d, m, codes = _better(kind, x, (d, m), [users] if objective is None else [users, objective])
     fields = {"d": d.to(torch.float16).view(rows, -1)}
     if m is not None:
         fields["m"] = m.to(torch.float16).view(rows, -1)

@@ -7,9 +7,10 @@ are best, so the only question is where to start; the candidates below send the 
     for top in tops:   q = level(x top / max);   A = sum w q x;   B = sum w q^2;   d = A / B;   gain = A^2 / B
 
 and the one of most gain is taken, d is rounded to float16, and the codes are the nearest ones to the STORED d. Where
-ggml minimises an objective of its own (weights w1) besides what a user measures (w2), a candidate counts only when the
-first is not above ggml's: both are parabolas in d, so d is the minimum of the second, moved into the interval where the
-first is low enough. Whatever wins is compared with ggml's block once more, in both sums; the better block stays.
+ggml minimises an objective of its own besides what a user measures, a candidate counts only when the error under the
+first of the two weights is not above ggml's: both are parabolas in d, so d is the minimum of the second, moved into the
+interval where the first is low enough. Whatever wins is compared with ggml's block once more, in both sums; the better
+block stays. With an importance the second is ggml's objective, which says better what a model loses, else the user's.
 
 Blocks are columns here, x float32 [32, B], and sums run over the 32 in order: csrc/ggml_line.h, in which every SIMD
 lane is a block, does the same operations and gives the same bits.

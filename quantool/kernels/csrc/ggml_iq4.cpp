@@ -87,7 +87,9 @@ void plain_tiles(int64_t begin, int64_t end, void* problem) {
     const Float* x = t.x[0];
     Float d = fit_scale(x, t.objective[0]);
     d = lanes::select(d == d, d, splat(0.f));
-    if (!p.exact) d = refine<Iq4>(View<2>{x, {t.objective[0], t.users[0]}}, half(d), signed_max<Block>(x), Tops, 2);
+    const Float *bound = t.objective[0], *aim = t.users[0];
+    if (p.importance != nullptr) std::swap(bound, aim);
+    if (!p.exact) d = refine<Iq4>(View<2>{x, {bound, aim}}, half(d), signed_max<Block>(x), Tops, 2);
     const Float inverse = reciprocal(d);
     Float code[Block];
     Int words[4];

@@ -137,7 +137,7 @@ struct SymmetricType {
         code[k] = lanes::select(empty, splat(0.f), Level::nearest(scaling * t.x[k]) + float(Top));
       return;
     }
-    const View<2> v{t.x, {t.objective, t.users}};
+    const View<2> v{t.x, {t.users, t.objective}};
     d = half(lanes::select(d == d, d, max / splat(float(-Top))));
     d = Top == 8 ? refine<Level>(v, d, max, WeightedTops4, 2) : refine<Level>(v, d, max, WeightedTops5, 2);
     finish(t, d, code);
@@ -233,7 +233,7 @@ struct AffineType {
         code[k] = to_float(clamp(nearest(coding.step * (t.x[k] - coding.low)), splat(0), splat(MaxCode)));
       return;
     }
-    const View<2> v{t.x, {t.objective, t.users}};
+    const View<2> v{t.x, {t.users, t.objective}};
     const Int usable = finite(l.step) & finite(l.low);
     l = select(usable, l, {(high - low) / splat(float(MaxCode)), low});
     l = {half(l.step), half(l.low)};

@@ -9,6 +9,9 @@
 // group, its integer scale (and min) among the neighbours, with the codes rounded anew for each. After a round in which
 // E1 has room to spare, a is halved, and doubled where it had none. What is kept is the block with the least E2 among
 // those in which neither error is above ggml's; ggml's own, if there is no other.
+//
+// With an importance E1 alone is minimised, and the least E1 kept: its weights, importance * sqrt(sigma^2 + x^2), say
+// better than E2's what a model loses (Q2_K on stories-4m: KL divergence 0.1257 by E1, 0.1292 by E2, 0.1276 by ggml).
 
 #pragma once
 
@@ -154,8 +157,10 @@ template <class Type, bool Weighted>
 void refine(Tile& tile, Grid grid) {
   const Errors ggml = measure<Type, Weighted, true>(tile, tile.grid);
   const Float zero = splat(0.f);
-  Float own = select(ggml.own > 0.f, 0.5f / ggml.own, zero), plain = select(ggml.plain > 0.f, 0.5f / ggml.plain, zero);
-  Float least = Margin * ggml.plain;
+  Float own = select(ggml.own > 0.f, 0.5f / ggml.own, zero);
+  const Float plain = Weighted ? zero : select(ggml.plain > 0.f, 0.5f / ggml.plain, zero);
+  const Float bound = Margin * (Weighted ? ggml.plain : ggml.own);
+  Float least = Margin * (Weighted ? ggml.own : ggml.plain);
   Int improved = splat(0);
   Costs costs;
   for (int round = 0; round < Rounds; ++round) {
@@ -163,11 +168,12 @@ void refine(Tile& tile, Grid grid) {
     refit<Type, Type::Absolute && !Weighted>(tile, costs, grid);
     for (int g = 0; g < Type::Groups; ++g) move_group<Type, Weighted>(tile, costs, grid, g);
     const Errors errors = measure<Type, Weighted, false>(tile, grid);
-    const Int room = errors.own <= Margin * ggml.own, better = room & (errors.plain < least);
-    least = select(better, errors.plain, least);
+    const Float aim = Weighted ? errors.own : errors.plain;
+    const Int room = (Weighted ? errors.plain : errors.own) <= bound, better = room & (aim < least);
+    least = select(better, aim, least);
     tile.grid = select_grid<Type>(better, grid, tile.grid);
     improved |= better;
-    own *= select(room, splat(0.5f), splat(2.f));
+    if (!Weighted) own *= select(room, splat(0.5f), splat(2.f));
   }
   for (int g = 0; g < Type::Groups; ++g) {
     const Float inverse = inverse_of(tile.grid.d * tile.grid.scales[g]), offset = offset_of<Type>(tile.grid, g);

@@ -139,7 +139,8 @@ def test_default_search_is_nowhere_worse_than_ggml(kind: KQuant, name: str) -> N
             assert (after <= before * (1 + 1e-9)).logical_or(before.isnan()).all()
 
 
-GAINS = {"Q2_K": (0.88, 0.94), "Q3_K": (0.98, 0.98), "Q4_K": (0.97, 0.965), "Q5_K": (0.93, 0.89), "Q6_K": (0.93, 0.89)}
+# With an importance E1 is minimised, which costs Q2_K a hundredth of E2 and wins 2 % of the KL divergence of a model.
+GAINS = {"Q2_K": (0.88, 0.945), "Q3_K": (0.98, 0.98), "Q4_K": (0.97, 0.965), "Q5_K": (0.93, 0.89), "Q6_K": (0.93, 0.89)}
 
 
 @kinds
