@@ -28,8 +28,9 @@ fmt: setup  ## format, and fix what can be fixed
 docs: setup  ## the README's help blocks, from --help
 	$(BIN)/python benchmarks/help_blocks.py
 
-bench: setup  ## quantool beside its peers, and the memory of a 4 GB checkpoint
+bench: setup  ## quantool beside its peers and llama.cpp, and the memory of a 4 GB checkpoint
 	$(BIN)/python benchmarks/methods_vs_peers.py
+	$(BIN)/python benchmarks/gguf_vs_llamacpp.py --json
 	$(BIN)/python benchmarks/memory.py
 
 clean:  ## back to a fresh clone
