@@ -3,7 +3,7 @@
     ops.py         what linears compute from packed weights       gptq_ops.py    the column loops of GPTQ
     ggml.py        blocks of ggml, whose references are in formats/ggml
 
-The first use of a compiled operator compiles csrc/ through torch.utils.cpp_extension (two seconds), once per machine:
+The first use of a compiled operator compiles csrc/ through torch.utils.cpp_extension (ten seconds), once per machine:
 
     QUANTOOL_CACHE | TORCH_EXTENSIONS_DIR | ~/.cache/torch_extensions
         quantool/<hash of sources, flags, torch and processor>.so       loaded from here ever after
