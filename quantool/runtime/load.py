@@ -30,6 +30,16 @@ def open_model(model: str | Path, *, dtype: str = "auto", device: str = "auto") 
     Raises QuantoolError when it cannot be read, or is no decoder that transformers builds.
     """
     checkpoint = open_checkpoint(model)
+    format_ = format_of(checkpoint)
+    built = build_model(checkpoint)
+    if format_ is not None:
+        checkpoint = packed = PackedCheckpoint(checkpoint, format_)
+        _replace_linears(built, packed)
+    return attach(built, checkpoint, dtype=dtype, device=device)
+
+
+def format_of(checkpoint: Checkpoint) -> Format | None:
+    """The format of a checkpoint, None of a float one; QuantoolError for packed weights that no config describes."""
     format_ = detect(checkpoint.config)
     packed_name = next((name for name in checkpoint.infos if name.endswith(".qweight")), None)
     if format_ is None and packed_name is not None:
@@ -38,11 +48,7 @@ def open_model(model: str | Path, *, dtype: str = "auto", device: str = "auto") 
             hint='put what quantize_config.json holds into config.json as "quantization_config", '
             'with "quant_method": "gptq"',
         )
-    built = build_model(checkpoint)
-    if format_ is not None:
-        checkpoint = packed = PackedCheckpoint(checkpoint, format_)
-        _replace_linears(built, packed)
-    return attach(built, checkpoint, dtype=dtype, device=device)
+    return format_
 
 
 def load(path: str | Path, *, dtype: str = "auto", device: str = "auto") -> Any:

@@ -6,10 +6,10 @@ or blocks  awq, gptq: block by block, replaying the calibration tokens          
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,6 +29,7 @@ from quantool.stages.calibrate import read_windows, sample_windows
 from quantool.stages.gguf_blocks import method_for, proxy_scheme, round_proxy
 from quantool.stages.gguf_plan import FLOAT_TYPES, GgufPlan, GgufRow, make_plan
 from quantool.stages.gguf_source import Source, open_source
+from quantool.stages.plan import stem
 from quantool.stages.resources import Stopwatch, peak_memory_bytes
 
 __all__ = ["ConvertResult", "GgufRow", "run"]
@@ -99,7 +100,7 @@ def run(
     source = open_source(model)
     require_decoder(source.checkpoint)
     plan = make_plan(source, options, imatrix, calibrated=method != "rtn")
-    target = output or Path(f"{_stem(model)}-{plan.outtype.upper()}.gguf")
+    target = output or Path(f"{stem(model)}-{plan.outtype.upper()}.gguf")
     _check_output(source, target, overwrite, dry_run=dry_run)
     check_tied(source.linears, plan.dropped)
     network = windows = None
@@ -141,9 +142,6 @@ def _result(
     rounded = {row.name for row in plan.rows if row.action == "quantized"}
     sources = {name for target in plan.targets for name in target.sources}  # a tied matrix may be written twice
     quantized = len({name for target in plan.targets if target.name in rounded for name in target.sources})
-    types: dict[str, int] = {}
-    for row in plan.rows:
-        types[row.type] = types.get(row.type, 0) + 1
     return ConvertResult(
         output=str(target),
         architecture=plan.architecture,
@@ -156,7 +154,7 @@ def _result(
         folded=folded,
         dropped=len(plan.dropped),
         fallbacks=sum(row.wanted is not None for row in plan.rows),
-        types=types,
+        types=dict(Counter(row.type for row in plan.rows)),
         seconds=watch.seconds,
         peak_memory_bytes=peak_memory_bytes(),
         plan=plan.rows if dry_run else [],
@@ -327,7 +325,3 @@ def _round_block(
         job.writer.write(target.name, ordered, first_row=index * len(data))
         job.source.drop(stored[name])
     return {stored[name] for name in codes}
-
-
-def _stem(model: str) -> Any:
-    return Path(model).name.removesuffix(".gguf") or Path(model).resolve().name

@@ -20,8 +20,6 @@ from quantool.methods.statistics import Inputs
 from quantool.quant import QuantizedTensor, RoundScales
 from quantool.scheme import MethodOptions, QuantScheme
 
-CALIBRATED = ("awq", "gptq", "awq+gptq")
-
 
 def proxy_scheme(kind: BlockType) -> QuantScheme:
     """The affine scheme nearest to a block type, with which AWQ tries its scales: groups, bits, symmetry."""

@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from quantool.errors import QuantoolError
-from quantool.formats import detect
 from quantool.formats.ggml.legacy import Repacked, from_affine, why_not_affine
 from quantool.formats.ggml.mixes import FLOATS
 from quantool.io import Checkpoint, TensorInfo, open_checkpoint
 from quantool.io.gguf import GgufCheckpoint
 from quantool.model.views import LinearsCheckpoint, as_linears
 from quantool.runtime import PackedCheckpoint
+from quantool.runtime.load import format_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,7 +35,7 @@ class Source:
         self.linears: LinearsCheckpoint = as_linears(checkpoint)
         self.config: Mapping[str, Any] = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
         self.gguf = checkpoint if isinstance(checkpoint, GgufCheckpoint) else None
-        format_ = detect(checkpoint.config)
+        format_ = format_of(checkpoint)
         self.packed = None if format_ is None else PackedCheckpoint(checkpoint, format_)
         self.infos: dict[str, TensorInfo] = dict(self.linears.infos)
         if self.packed is not None:
@@ -103,10 +102,4 @@ class Source:
 
 def open_source(model: str) -> Source:
     """Open MODEL for conversion; raises QuantoolError when it cannot be read."""
-    checkpoint = open_checkpoint(model)
-    if detect(checkpoint.config) is None and any(name.endswith(".qweight") for name in checkpoint.infos):
-        raise QuantoolError(
-            f"{checkpoint.path}: holds packed weights, but config.json has no quantization_config",
-            hint="put what quantize_config.json holds into config.json",
-        )
-    return Source(checkpoint)
+    return Source(open_checkpoint(model))

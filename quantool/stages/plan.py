@@ -300,3 +300,8 @@ def check_output(checkpoint: Checkpoint, target: Path, overwrite: bool) -> None:
     if where == checkpoint.path.resolve():
         raise UsageError(f"{target}: is the model itself", hint="choose another -o")
     check_output_directory(where, overwrite)
+
+
+def stem(model: str) -> str:
+    """What an output is called after: the last part of MODEL, of a GGUF file without its suffix."""
+    return Path(model).name.removesuffix(".gguf") or Path(model).resolve().name

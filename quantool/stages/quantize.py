@@ -29,7 +29,7 @@ from quantool.recipe import INTEGER_METHODS, Recipe
 from quantool.scheme import MethodOptions, QuantScheme
 from quantool.stages import repack
 from quantool.stages.calibrate import made_of_another, read_windows, sample_windows, tokens_of_experts
-from quantool.stages.plan import Plan, PlanRow, QuantizeResult, check_output, describe, make_plan, needs_g_idx
+from quantool.stages.plan import Plan, PlanRow, QuantizeResult, check_output, describe, make_plan, needs_g_idx, stem
 from quantool.stages.resources import Stopwatch, peak_memory_bytes
 
 __all__ = ["PlanRow", "QuantizeResult", "run"]
@@ -65,7 +65,7 @@ def run(
         format_name = _repack_format(opened, repack_to)
         return repack.run(
             opened,
-            output or Path(f"{_stem(model)}-{format_name}"),
+            output or Path(f"{stem(model)}-{format_name}"),
             format_name,
             max_shard_size=max_shard_size,
             dry_run=dry_run,
@@ -301,8 +301,4 @@ def _artifact_config(checkpoint: LinearsCheckpoint, recipe: Recipe, plan: Plan) 
 
 def _default_output(model: str, recipe: Recipe, group_size: int) -> Path:
     group = {-1: "channel", 0: "tensor"}.get(group_size, f"g{group_size}")
-    return Path(f"{_stem(model)}-{recipe.method}-w{recipe.bits}-{group}")
-
-
-def _stem(model: str) -> str:
-    return Path(model).name.removesuffix(".gguf") or Path(model).resolve().name
+    return Path(f"{stem(model)}-{recipe.method}-w{recipe.bits}-{group}")
