@@ -105,7 +105,7 @@ def run(
     check_tied(source.linears, plan.dropped)
     network = windows = None
     if method != "rtn":
-        _check_calibrated(source, plan, method)
+        _check_calibrated(source, plan, method, allow_requantize=options.allow_requantize)
         network = open_network(source.linears, dtype=dtype, device=device)
         windows = read_windows(calibration, network) if calibration else sample_windows(network, text or TextOptions())
     notes, folded = [*plan.notes, *_method_notes(plan, method)], 0
@@ -182,11 +182,20 @@ def _method_notes(plan: GgufPlan, method: str) -> list[str]:
     ]
 
 
-def _check_calibrated(source: Source, plan: GgufPlan, method: str) -> None:
+def _check_calibrated(source: Source, plan: GgufPlan, method: str, *, allow_requantize: bool) -> None:
+    """Refuse a source whose weights are codes already: a method of blocks rounds all, also what could be copied."""
     if source.packed is not None:
         raise UsageError(
             f"{source.path}: is already quantized, method {method} needs a float checkpoint",
             hint="convert the checkpoint that it was made from, or leave --method out",
+        )
+    in_blocks = (row for row in plan.rows if row.name.startswith("blk.") and row.type in GGML_TYPES)
+    twice = next((row for row in in_blocks if source.is_quantized(row.name, row.dtype)), None)
+    if twice is not None and not allow_requantize:
+        raise UsageError(
+            f"{source.path}: '{twice.name}' is {source.described(twice.name, twice.dtype)}, "
+            f"which method {method} would round a second time",
+            hint="convert the float checkpoint that it was made from, or add --allow-requantize",
         )
     if not any(kind in GGML_TYPES for kind in plan.types.values()):
         raise UsageError(

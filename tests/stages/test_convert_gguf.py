@@ -227,6 +227,15 @@ def test_a_gguf_is_copied_and_not_rounded_twice(wide_llama: Path, tmp_path: Path
     assert types_of(tmp_path / "third.gguf")["blk.0.attn_q.weight"] == "Q3_K"
 
 
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_a_calibrated_method_does_not_round_blocks_twice_unasked(method: str, tiny_llama: Path, tmp_path: Path) -> None:
+    convert(tiny_llama, tmp_path / "m.gguf", "q4_0")
+    with pytest.raises(UsageError, match=r"blk\.0\..*Q4_0.*a second time") as caught:
+        convert(tmp_path / "m.gguf", tmp_path / "twice.gguf", "q4_0", method=method)
+    assert "--allow-requantize" in str(caught.value.hint)
+    convert(tmp_path / "m.gguf", tmp_path / "twice.gguf", "q4_0", method=method, allow_requantize=True)
+
+
 @pytest.mark.parametrize("name", [*gguf_families.FIRST.values(), "llama-mixtral-plain"])
 def test_every_architecture_comes_back_from_its_file(name: str, tmp_path: Path) -> None:
     """Written in Q8_0, read as MODEL and written again: the same tensors, byte for byte."""
