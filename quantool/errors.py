@@ -5,6 +5,7 @@ did not hold. `cli.py` is the only place that prints them; nothing below it ends
 """
 
 LONGEST = 300  # characters of another library's message
+NOTE = 25  # the log's level, between info and warning, of what the command line shows without -v
 
 
 class QuantoolError(Exception):

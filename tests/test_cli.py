@@ -257,7 +257,7 @@ def test_version(run: Callable[..., Outcome]) -> None:
         lines = run(*args).out.splitlines()
         assert lines[0] == f"quantool {__version__}"
         words = ["python", "platform", "torch", "transformers", "safetensors", "gguf", "datasets"]
-        assert [line.split()[0] for line in lines[1:]] == [*words, "compressed-tensors", "cuda"]
+        assert [line.split()[0] for line in lines[1:]] == [*words, "compressed-tensors", "cuda", "kernels", "kernels"]
 
 
 # What reaches a stage

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     "formats": {"errors", "scheme", "quant", "kernels", "io"},
     "runtime": {"errors", "scheme", "quant", "io", "model", "formats", "kernels"},
     "stages": BASE - {"console"},
-    "cli": {"errors", "scheme", "recipe", "data", "console", "stages"},
+    "cli": {"errors", "scheme", "recipe", "data", "console", "stages", "kernels"},
     "__init__": BASE - {"console"} | {"stages"},
     "__main__": {"cli"},
 }

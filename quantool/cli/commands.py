@@ -20,8 +20,11 @@ def _print_version(ctx: click.Context, option: click.Parameter, asked: bool) -> 
     if not asked:
         return
     click.echo(f"quantool {__version__}")
-    if ctx.ensure_object(Output).verbose:
-        console.print_environment()
+    if verbose := ctx.ensure_object(Output).verbose:
+        from quantool import kernels
+
+        with console.log(verbose):  # says when it has to compile them
+            console.print_environment(kernels.status())
     ctx.exit()
 
 

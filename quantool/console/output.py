@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from quantool.errors import QuantoolError
+from quantool.errors import NOTE, QuantoolError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -68,9 +68,10 @@ def print_traceback(error: BaseException) -> None:
 
 @contextmanager
 def log(verbosity: int) -> Iterator[None]:
-    """Show quantool's log on stderr: nothing at -1, warnings at 0, then info and debug."""
+    """Show quantool's log on stderr: nothing at -1, notes and warnings at 0, then info and debug."""
     logger = logging.getLogger("quantool")
-    level = {-1: logging.CRITICAL + 1, 0: logging.WARNING, 1: logging.INFO}.get(verbosity, logging.DEBUG)
+    logging.addLevelName(NOTE, "NOTE")
+    level = {-1: logging.CRITICAL + 1, 0: NOTE, 1: logging.INFO}.get(verbosity, logging.DEBUG)
     before = logger.level, logger.propagate
     handler = _StderrHandler()
     logger.addHandler(handler)
@@ -147,7 +148,7 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def print_environment() -> None:
+def print_environment(kernels: Mapping[str, str]) -> None:
     """What a report of a bug should say."""
     import platform
     from importlib import metadata
@@ -163,7 +164,7 @@ def print_environment() -> None:
     else:
         names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
         pairs.append(("cuda", f"{torch.version.cuda}: {names}" if names else "not available"))
-    show(two_columns(pairs))
+    show(two_columns([*pairs, *kernels.items()]))
 
 
 def columns(header: Sequence[str], rows: Iterable[Sequence[str]], *, numeric: int = 0) -> "Table":

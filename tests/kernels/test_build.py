@@ -3,29 +3,23 @@
 import logging
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from kernel_builds import empty_cache, program, python
 
-from quantool import kernels
+from quantool import console, kernels
 from quantool.errors import QuantoolError
-from quantool.kernels import gptq_ops
-
-ROOT = Path(kernels.__file__).parents[2]
+from quantool.kernels import build, gptq_ops
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty cache, in a directory with a space in its name, and a process that has not tried yet."""
-    monkeypatch.setenv("QUANTOOL_CACHE", str(tmp_path / "a cache"))
-    monkeypatch.delenv("QUANTOOL_KERNELS", raising=False)
     kernels._open.cache_clear()
-    yield tmp_path / "a cache" / "quantool"
+    yield empty_cache(tmp_path, monkeypatch)
     kernels._open.cache_clear()
 
 
@@ -35,13 +29,7 @@ def library() -> str:
     reason = kernels.why_not()
     if reason is not None:
         pytest.skip(reason)
-    return kernels.build().name
-
-
-def compiler(path: Path, script: str) -> str:
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
-    return str(path)
+    return Path(build.cpu()._name).name
 
 
 def op_agrees() -> bool:
@@ -49,18 +37,6 @@ def op_agrees() -> bool:
     arguments = (weight, torch.eye(9), torch.full((70, 1), 0.1), torch.full((70, 1), 8.0), torch.zeros(9).int(), 15)
     pairs = zip(gptq_ops.gptq_columns(*arguments), gptq_ops.gptq_columns_reference(*arguments), strict=True)
     return all(torch.equal(a, b) for a, b in pairs)
-
-
-def python(code: str, **environment: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", code],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
 
 
 def test_two_processes_build_at_once_and_a_third_compiles_nothing(
@@ -75,15 +51,15 @@ def test_two_processes_build_at_once_and_a_third_compiles_nothing(
 
 
 def test_a_killed_build_blocks_nobody(library: str, cache: Path, tmp_path: Path) -> None:
-    slow = compiler(tmp_path / "slow", "sleep 60")
-    process = python("from quantool import kernels; kernels.build()", CXX=slow)
+    slow = program(tmp_path / "slow", "sleep 60")
+    process = python("build.cpu()", CXX=slow)
     deadline = time.monotonic() + 30
     while not list(cache.glob("build-*/lock")) and time.monotonic() < deadline:  # torch's lock file
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert list(cache.glob("build-*/lock"))
-    assert kernels.build() == cache / library
+    assert Path(build.cpu()._name) == cache / library
     assert op_agrees()
 
 
@@ -98,7 +74,7 @@ def test_a_compiler_that_fails_is_named_once_and_torch_computes(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     error = "gptq.cpp:1:2: error: no such thing"
-    path = compiler(tmp_path / "c++", f"echo here; echo '{error}'; echo 'x.cpp:1:1: error: another'; exit 1")
+    path = program(tmp_path / "c++", f"echo here; echo '{error}'; echo 'x.cpp:1:1: error: another'; exit 1")
     monkeypatch.setenv("CXX", path)
     with caplog.at_level(logging.INFO, "quantool"):
         assert op_agrees()
@@ -106,7 +82,8 @@ def test_a_compiler_that_fails_is_named_once_and_torch_computes(
     reason = kernels.why_not()
     assert reason == f"'{path}' does not compile the kernels: {error}"
     assert [record.message for record in caplog.records] == [
-        f"no compiled kernels, torch computes in their place: {reason}"
+        "compiling the kernels for this processor, once (ten seconds)",
+        f"no compiled kernels, torch computes in their place: {reason}",
     ]
     assert not kernels.is_available()
     assert not list(cache.iterdir())
@@ -138,7 +115,20 @@ def test_why_there_are_none(
 def test_a_torch_that_is_too_old_is_named(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
     with pytest.raises(QuantoolError, match=r"torch 2.9.1\+cpu lends no threads to extensions, 2.10 does"):
-        kernels.build()
+        build.cpu()
+
+
+@pytest.mark.parametrize(
+    ("verbosity", "shown"), [(-1, ""), (0, "note: compiling the kernels for this processor, once")]
+)
+@pytest.mark.usefixtures("cache")
+def test_the_command_line_says_that_it_compiles(
+    verbosity: int, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", "/bin/false")
+    with console.log(verbosity):
+        kernels.why_not()
+    assert capsys.readouterr().err.partition(" (")[0] == shown
 
 
 def test_the_environment_is_left_as_it_was(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
