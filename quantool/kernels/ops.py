@@ -12,6 +12,9 @@ CUDA kernels register under the same schemas; a caller never asks which device i
 
 import torch
 
+from quantool.kernels import compiled
+from quantool.kernels.rows import fits, linear_rows
+
 WORD_BITS = 32
 # NF4: quantiles of the normal distribution (QLoRA, Dettmers et al. 2023, appendix E). FP4: sign, two bits of exponent
 # and one of mantissa, relative to the largest. Both in the order of their codes, as bitsandbytes stores them.
@@ -129,8 +132,7 @@ def dequantize_absmax(
     return quant_map.index_select(0, codes.to(torch.int32)).mul_(steps).add_(offset)
 
 
-@torch.library.custom_op("quantool::linear_wna16", mutates_args=())
-def linear_wna16(
+def linear_wna16_reference(
     x: torch.Tensor,
     qweight: torch.Tensor,
     scales: torch.Tensor,
@@ -138,9 +140,32 @@ def linear_wna16(
     bias: torch.Tensor | None,
     bits: int,
 ) -> torch.Tensor:
-    """y = x W^T + bias with packed W: x [..., K], qweight int32 [N, words], scales [N, G], zeros uint8 [N, G]."""
+    """y = x W^T + bias with packed W: x [..., K], qweight int32 [N, words], scales [N, G], zeros uint8 [N, G].
+
+    This is the oracle of the compiled kernels (csrc/wna16.cpp), and what computes where there are none.
+    """
+    _require_packed(x, qweight, scales, zeros, bias, bits)
     weight = dequantize(unpack_bits(qweight, bits, x.shape[-1]), scales, zeros, bits)
     return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
+
+
+linear_wna16 = torch.library.custom_op("quantool::linear_wna16", linear_wna16_reference, mutates_args=())
+
+
+@linear_wna16.register_kernel("cpu")
+def _(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+) -> torch.Tensor:
+    _require_packed(x, qweight, scales, zeros, bias, bits)
+    packed, library = (qweight, scales, zeros, bits), compiled()
+    if library is None or not fits(x, packed):
+        return linear_wna16_reference(x, qweight, scales, zeros, bias, bits)
+    return linear_rows(library, x, packed, bias)
 
 
 @linear_wna16.register_fake
@@ -155,8 +180,33 @@ def _(
     return x.new_empty(*x.shape[:-1], qweight.shape[0])
 
 
-@torch.library.custom_op("quantool::linear_w8a8", mutates_args=())
-def linear_w8a8(
+def _require_packed(
+    x: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+) -> None:
+    """Raise ValueError when the arguments of `linear_wna16` do not fit: compiled code would read past their ends."""
+    count, columns = len(qweight), x.shape[-1]
+    tensors = [tensor for tensor in (x, qweight, scales, zeros, bias) if tensor is not None]
+    if (
+        qweight.shape != (count, packed_words(columns, bits))
+        or qweight.dtype != torch.int32
+        or scales.dim() != 2
+        or scales.shape[0] != count
+        or (zeros is not None and (zeros.shape != scales.shape or zeros.dtype != torch.uint8))
+        or (bias is not None and bias.shape != (count,))
+        or any(tensor.device != x.device for tensor in tensors)
+    ):
+        found = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)} on {t.device}" for t in tensors)
+        raise ValueError(f"x, {bits}-bit qweight, scales, zeros, bias do not fit each other: {found}")
+    if not scales.shape[1] or columns % scales.shape[1]:
+        raise ValueError(f"{columns} columns cannot be in {scales.shape[1]} groups of the same size")
+
+
+def linear_w8a8_reference(
     x: torch.Tensor,
     qweight: torch.Tensor,
     scales: torch.Tensor,
@@ -175,6 +225,9 @@ def linear_w8a8(
     return torch.nn.functional.linear(
         round_input(wide, input_scale, input_zero, act_sym).to(x.dtype), weight.to(x.dtype), bias
     )
+
+
+linear_w8a8 = torch.library.custom_op("quantool::linear_w8a8", linear_w8a8_reference, mutates_args=())
 
 
 def round_input(x: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None, act_sym: bool) -> torch.Tensor:
@@ -209,8 +262,7 @@ def _(
     return x.new_empty(*x.shape[:-1], qweight.shape[0])
 
 
-@torch.library.custom_op("quantool::linear_nf4", mutates_args=())
-def linear_nf4(
+def linear_nf4_reference(
     x: torch.Tensor,
     qweight: torch.Tensor,
     absmax: torch.Tensor,
@@ -222,6 +274,9 @@ def linear_nf4(
     """y = x W^T + bias with W [N, K] of 4-bit levels: qweight uint8 [ceil(NK / 2)], absmax [B], table [16], rows N."""
     weight = dequantize_levels(qweight, absmax, table, (rows, x.shape[-1]), block_size)
     return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
+
+
+linear_nf4 = torch.library.custom_op("quantool::linear_nf4", linear_nf4_reference, mutates_args=())
 
 
 @linear_nf4.register_fake
@@ -237,8 +292,7 @@ def _(
     return x.new_empty(*x.shape[:-1], rows)
 
 
-@torch.library.custom_op("quantool::linear_llm_int8", mutates_args=())
-def linear_llm_int8(
+def linear_llm_int8_reference(
     x: torch.Tensor,
     qweight: torch.Tensor,
     scales: torch.Tensor,
@@ -268,6 +322,9 @@ def linear_llm_int8(
         weight = weight[:, columns].mul_(scales)
         y = y.addmm(tokens[:, columns], weight.to(x.dtype).t())
     return y.view(*x.shape[:-1], -1)
+
+
+linear_llm_int8 = torch.library.custom_op("quantool::linear_llm_int8", linear_llm_int8_reference, mutates_args=())
 
 
 @linear_llm_int8.register_fake

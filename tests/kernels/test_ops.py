@@ -1,5 +1,7 @@
 """Packing against golden words and Python integers; the ops against float64 and torch's own checks of an op."""
 
+import re
+
 import bitsandbytes
 import pytest
 import torch
@@ -93,6 +95,29 @@ def test_linear_wna16_is_the_formula(bits: int, sym: bool) -> None:
     expected = x.double() @ weight.T + bias.double()
     assert y.dtype == x.dtype
     torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_arguments_that_do_not_fit_are_refused_with_their_numbers() -> None:
+    x, codes, scales, zeros, bias = packed_linear(4, sym=False)
+    good = {"x": x, "qweight": ops.pack_bits(codes, 4), "scales": scales, "zeros": zeros, "bias": bias, "bits": 4}
+    for found, wrong in {
+        "float32 [2, 5, 88] on cpu, int32 [24, 12] on cpu": {"x": x[..., :88]},
+        "x, 8-bit qweight": {"bits": 8},
+        "int64 [24, 12]": {"qweight": ops.pack_bits(codes, 4).long()},
+        "bias do not fit each other: float32 [2, 5, 96] on cpu, int32 [24, 12] on cpu, float32 [23, 3]": {
+            "scales": scales[1:]
+        },
+        "uint8 [24, 1]": {"zeros": zeros[:, :1]},
+        "float32 [24, 3] on cpu, float32 [24, 3] on cpu": {"zeros": zeros.float()},
+        "float32 [1] on cpu": {"bias": bias[:1]},
+        "96 columns cannot be in 5 groups": {"scales": torch.ones(24, 5), "zeros": None},
+        "96 columns cannot be in 0 groups": {"scales": torch.ones(24, 0), "zeros": None},
+    }.items():
+        for linear in (ops.linear_wna16_reference, ops.linear_wna16):
+            with pytest.raises(ValueError, match=re.escape(found)):
+                linear(**{**good, **wrong})
+    with pytest.raises(ValueError, match=re.escape("float32 [24] on meta")):
+        ops.linear_wna16_reference(**{**good, "bias": bias.to("meta")})
 
 
 def rounded_input(x: torch.Tensor, scale: float | None, zero: int | None, sym: bool) -> torch.Tensor:
