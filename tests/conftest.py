@@ -18,18 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
-from gguf import GGMLQuantizationType as Q
-from gguf.quants import quantize as gguf_blocks
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from quantool import cli
+from quantool import cli, kernels
 from quantool.data import builtin_documents
 from quantool.io import open_checkpoint
 
+pytest_plugins = ["emulated"]  # the fixture of CUDA kernels without a GPU
 SPECIAL = ("<s>", "</s>")
 SHAPE = {
     "hidden_size": 128,
@@ -46,6 +44,17 @@ SHAPE = {
 }
 STEPS, BATCH, LENGTH = 150, 8, 96
 OUTLIERS = (3, 40, 77)  # hidden channels that get large activations, as every large language model has them
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled() -> None:
+    """The kernels are compiled before a command could say on its stderr that it compiles them."""
+    kernels.why_not()
 
 
 @pytest.fixture(scope="session")
@@ -148,6 +157,8 @@ def tiny_sharded(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tok
 @pytest.fixture(scope="session")
 def tiny_gguf(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tokenizer: Tokenizer) -> Path:
     """`tiny_llama` as llama.cpp's converter would lay it out, in F16, Q8_0 and Q4_1, with its tokenizer."""
+    import gguf  # here and below only: a machine that runs the GPU tests may lack it
+
     path = tmp_path_factory.mktemp("tiny") / "tiny-llama.gguf"
     checkpoint = open_checkpoint(tiny_llama)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, SHAPE["num_hidden_layers"])
@@ -163,7 +174,7 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, tokeni
     return path
 
 
-def _add_metadata(writer: gguf.GGUFWriter, tokenizer: Tokenizer) -> None:
+def _add_metadata(writer: Any, tokenizer: Tokenizer) -> None:
     writer.add_block_count(SHAPE["num_hidden_layers"])
     writer.add_context_length(SHAPE["max_position_embeddings"])
     writer.add_embedding_length(SHAPE["hidden_size"])
@@ -182,7 +193,10 @@ def _add_metadata(writer: gguf.GGUFWriter, tokenizer: Tokenizer) -> None:
     writer.add_eos_token_id(1)
 
 
-def _add_tensor(writer: gguf.GGUFWriter, stored: str, name: str, weight: np.ndarray) -> None:
+def _add_tensor(writer: Any, stored: str, name: str, weight: np.ndarray) -> None:
+    from gguf import GGMLQuantizationType as Q
+    from gguf.quants import quantize as gguf_blocks
+
     for part, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
         if part in name:
             weight = weight.reshape(SHAPE[heads], 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
