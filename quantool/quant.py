@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from quantool.errors import QuantoolError
+from quantool.kernels import rtn
 from quantool.kernels.ops import dequantize, pack_bits, round_input, unpack_bits
 from quantool.scheme import PER_TENSOR, QuantScheme
 
@@ -70,7 +71,7 @@ class QuantizedTensor:
 def choose_qparams(
     weight: torch.Tensor, scheme: QuantScheme, round_scales: RoundScales, *, clip: float | torch.Tensor = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Grid of every group of W float32 [N, K]: scales [N, G] as stored and zeros uint8 [N, G] (None when symmetric).
+    """Grid of every group of W [N, K]: scales [N, G] as stored and zeros uint8 [N, G] (None when symmetric).
 
     `clip` shrinks the range, one factor for all or one per group [N, G].
     """
@@ -86,20 +87,17 @@ def choose_qparams(
 
 def group_range(weight: torch.Tensor, scheme: QuantScheme) -> tuple[torch.Tensor, torch.Tensor]:
     """Lowest (at most 0) and highest (at least 0) value of every group of W [N, K]: two float32 [N, G]."""
-    grouped = weight.view(weight.shape[0], scheme.groups(weight.shape[1]), -1)
-    low, high = torch.aminmax(grouped, dim=-1)
+    low, high = rtn.group_range(weight, scheme.groups(weight.shape[1]))
     if scheme.group_size == PER_TENSOR:
         low, high = low.min().expand_as(low), high.max().expand_as(high)
-    return low.clamp(max=0).to(torch.float32), high.clamp(min=0).to(torch.float32)
+    return low, high
 
 
 def quantize_affine(
     weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, scheme: QuantScheme
 ) -> torch.Tensor:
-    """Nearest codes uint8 [N, K] of W float32 [N, K] on the grid of `scales` and `zeros` [N, G]."""
-    grouped = weight.view(weight.shape[0], scales.shape[1], -1) / scales.unsqueeze(-1).to(torch.float32)
-    shift = scheme.zero if zeros is None else zeros.unsqueeze(-1).to(torch.float32)
-    return grouped.round_().add_(shift).clamp_(0, scheme.max_code).to(torch.uint8).view_as(weight)
+    """Nearest codes uint8 [N, K] of W [N, K] on the grid of `scales` and `zeros` [N, G]."""
+    return rtn.quantize_affine(weight, scales, zeros, scheme.bits)
 
 
 def round_affine(

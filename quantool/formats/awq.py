@@ -38,6 +38,7 @@ from quantool.formats.shared import (
     transposed,
 )
 from quantool.io import TensorInfo
+from quantool.kernels.tiles import pack_awq, unpack_awq
 from quantool.quant import QuantizedTensor
 from quantool.scheme import PER_CHANNEL, QuantScheme
 
@@ -58,7 +59,6 @@ NAME = "awq"
 SUFFIXES: tuple[str, ...] = ("qweight", "qzeros", "scales")
 BITS = 4
 PER_WORD = 8
-NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i of a word holds output channel NIBBLES[i] of its eight
 KEYS = HOW_QUANTIZED | PER_MODULE | WHOLE | {"zero_point", "version"}
 
 
@@ -91,15 +91,15 @@ def pack(q: QuantizedTensor) -> dict[str, torch.Tensor]:
     require_contiguous_groups(q, NAME)
     zeros = torch.full(q.scales.shape, q.scheme.zero, dtype=torch.uint8) if q.zeros is None else q.zeros
     return {
-        "qweight": _pack_columns(q.codes),
-        "qzeros": _pack_columns(zeros),
+        "qweight": pack_awq(q.codes),
+        "qzeros": pack_awq(zeros),
         "scales": transposed(q.scales.to(torch.float16)),
     }
 
 
 def unpack(tensors: Mapping[str, torch.Tensor], scheme: QuantScheme) -> QuantizedTensor:
     """Inverse of `pack`. Raises QuantoolError when the scheme is symmetric and a stored zero is not 8."""
-    zeros = _unpack_columns(tensors["qzeros"]) if "qzeros" in tensors else None
+    zeros = unpack_awq(tensors["qzeros"]) if "qzeros" in tensors else None
     if scheme.sym and zeros is not None:
         if bool((zeros != scheme.zero).any()):
             raise QuantoolError(
@@ -107,31 +107,13 @@ def unpack(tensors: Mapping[str, torch.Tensor], scheme: QuantScheme) -> Quantize
                 hint='set "zero_point": true in quantization_config of config.json',
             )
         zeros = None
-    return QuantizedTensor(_unpack_columns(tensors["qweight"]), transposed(tensors["scales"]), zeros, scheme)
+    return QuantizedTensor(unpack_awq(tensors["qweight"]), transposed(tensors["scales"]), zeros, scheme)
 
 
 def weight_shape(tensors: Mapping[str, torch.Tensor]) -> tuple[int, int]:
     """[N, K] of a packed module, from its mapped tensors without unpacking them."""
     columns, words = tensors["qweight"].shape
     return words * PER_WORD, columns
-
-
-def _pack_columns(codes: torch.Tensor) -> torch.Tensor:
-    """Codes uint8 [N, K] below 16 -> int32 [K, N / 8]. Packed before it is transposed: fewer bytes to move."""
-    eight = codes.unflatten(0, (-1, PER_WORD))
-    octets = [eight[:, low] | (eight[:, high] << BITS) for low, high in zip(NIBBLES[::2], NIBBLES[1::2], strict=True)]
-    return transposed(torch.stack(octets, dim=-1).view(torch.int32).squeeze(-1))
-
-
-def _unpack_columns(words: torch.Tensor) -> torch.Tensor:
-    """Inverse of `_pack_columns`: int32 [K, N / 8] -> uint8 [N, K]."""
-    columns, words_per_row = words.shape
-    octets = transposed(words).view(torch.uint8).unflatten(-1, (columns, 4))
-    codes = torch.empty(words_per_row, PER_WORD, columns, dtype=torch.uint8, device=words.device)
-    for i, (low, high) in enumerate(zip(NIBBLES[::2], NIBBLES[1::2], strict=True)):
-        codes[:, low] = octets[..., i] & 0xF
-        codes[:, high] = octets[..., i] >> BITS
-    return codes.flatten(0, 1)
 
 
 def quantization_config(
