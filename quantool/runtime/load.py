@@ -17,9 +17,18 @@ from quantool.formats import Format, detect
 from quantool.io import Checkpoint, TensorInfo, open_checkpoint
 from quantool.io.safetensors import DTYPES, dtype_name
 from quantool.kernels.ops import dequantize_levels, levels, pack_nibbles
-from quantool.model.skeleton import Network, attach, build_model, materialise, stored_names, tensors_of
+from quantool.model.skeleton import (
+    Network,
+    attach,
+    build_model,
+    materialise,
+    resolve_device,
+    resolve_dtype,
+    stored_names,
+    tensors_of,
+)
 from quantool.quant import QuantizedTensor, dequantize_affine
-from quantool.runtime.linear import QuantLinear, packed_shapes, runtime_tensors
+from quantool.runtime.linear import QuantLinear, packed_shapes, runtime_tensors, takes_tiles
 
 SCALES = ("weight_scale", "scales", "SCB")
 
@@ -34,7 +43,8 @@ def open_model(model: str | Path, *, dtype: str = "auto", device: str = "auto") 
     built = build_model(checkpoint)
     if format_ is not None:
         checkpoint = packed = PackedCheckpoint(checkpoint, format_)
-        _replace_linears(built, packed)
+        where = resolve_device(device)
+        _replace_linears(built, packed, where, resolve_dtype(dtype, where, packed))
     return attach(built, checkpoint, dtype=dtype, device=device)
 
 
@@ -61,7 +71,7 @@ def load(path: str | Path, *, dtype: str = "auto", device: str = "auto") -> Any:
     return network.model
 
 
-def _replace_linears(model: Any, packed: "PackedCheckpoint") -> None:
+def _replace_linears(model: Any, packed: "PackedCheckpoint", device: torch.device, compute: torch.dtype) -> None:
     weights = [f"{name}.weight" for name, module in model.named_modules() if hasattr(module, "weight")]
     found = stored_names(model, weights, {f"{module}.weight" for module in packed.schemes})
     for weight, stored_weight in found.items():
@@ -71,9 +81,10 @@ def _replace_linears(model: Any, packed: "PackedCheckpoint") -> None:
             raise QuantoolError(f"{packed.path}: '{stored}' is quantized, but {type(module).__name__} is no linear")
         shape = module.out_features, module.in_features
         _check_module(packed, stored, shape)
-        scheme, ordered = packed.schemes[stored], packed.ordered(stored)
-        shapes = packed_shapes(scheme, shape, packed.scale_dtype(stored), ordered=ordered)
-        packed.place(stored, shapes)
+        scheme, scale_dtype = packed.schemes[stored], packed.scale_dtype(stored)
+        tiled = takes_tiles(scheme, shape, scale_dtype, compute, device)
+        shapes = packed_shapes(scheme, shape, scale_dtype, ordered=packed.ordered(stored), tiled=tiled)
+        packed.place(stored, shapes, device if tiled else None)
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, QuantLinear(module, scheme, shapes))
     missing = set(packed.schemes) - {stored.removesuffix(".weight") for stored in found.values()}
@@ -114,15 +125,17 @@ class PackedCheckpoint:
         packed = {name for module in self.schemes for name in self.packed_names(module)}
         self._infos = {name: info for name, info in checkpoint.infos.items() if name not in packed}
         self._placed: dict[str, str] = {}  # "X.qweight" -> "X"
+        self._tiled: dict[str, torch.device] = {}  # "X", if its buffers are in tiles, and where they are made
 
     @property
     def infos(self) -> Mapping[str, TensorInfo]:
         return self._infos
 
-    def quantized(self, module: str) -> QuantizedTensor:
-        """Codes and scales of a quantized module."""
+    def quantized(self, module: str, device: torch.device | None = None) -> QuantizedTensor:
+        """Codes and scales of a quantized module, unpacked on `device`."""
         with self._named(module):
-            return self._format.unpack(self._stored_tensors(module), self.schemes[module])
+            tensors = {suffix: tensor.to(device) for suffix, tensor in self._stored_tensors(module).items()}
+            return self._format.unpack(tensors, self.schemes[module])
 
     def dequantized(self, module: str) -> torch.Tensor:
         """The float32 [N, K] that a runtime sees in place of a quantized module's weight."""
@@ -174,8 +187,12 @@ class PackedCheckpoint:
         g_idx = self._stored.read(name).view(-1)
         return bool((g_idx[1:] < g_idx[:-1]).any())
 
-    def place(self, module: str, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
-        """Present the packed tensors of `module` as buffers of these shapes."""
+    def place(
+        self, module: str, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]], tiled: torch.device | None = None
+    ) -> None:
+        """Present the packed tensors of `module` as buffers of these shapes: as tiles, made on `tiled`, or as rows."""
+        if tiled is not None:
+            self._tiled[module] = tiled
         for leaf, (shape, dtype) in shapes.items():
             name = f"{module}.{leaf}"
             self._infos[name] = TensorInfo(name, shape, dtype_name(dtype), 0, self._stored.path)
@@ -192,7 +209,8 @@ class PackedCheckpoint:
             return self._stored.read(name)
         # A linear is asked for its two to five buffers in a row: unpack once.
         if self._last[0] != module:
-            self._last = (module, runtime_tensors(self.quantized(module)))
+            device = self._tiled.get(module)
+            self._last = (module, runtime_tensors(self.quantized(module, device), tiled=device is not None))
         return self._last[1][name.rpartition(".")[2]]
 
     def drop(self, name: str) -> None:
