@@ -1,7 +1,8 @@
-# Everything happens in .venv, which `make setup` makes; the other targets call it by themselves.
+# Everything happens in .venv, which `make setup` makes; the other targets call it by themselves. ON_GPU needs none.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: setup demo test lint fmt docs bench clean
+ON_GPU = PYTHONPATH=. $(or $(wildcard $(BIN)/python),$(PYTHON))
+.PHONY: setup demo kernels check-kernels test test-gpu lint fmt docs bench bench-gpu clean
 
 setup: .venv/installed  ## .venv with torch, quantool (editable) and the tools of a developer
 
@@ -12,6 +13,13 @@ setup: .venv/installed  ## .venv with torch, quantool (editable) and the tools o
 
 demo: setup  ## quantize SmolLM2-135M with AWQ and RTN, load it back, measure what was lost
 	$(BIN)/python benchmarks/demo.py
+
+kernels: setup  ## compile the kernels ahead of time, CUDA's too: `pip wheel .` carries them
+	$(BIN)/python -c 'from quantool.kernels import build; print(*build.ahead_of_time(), sep="\n")'
+
+check-kernels: setup  ## registers and spills of the CUDA kernels, and their tests under AddressSanitizer and UBSan
+	$(BIN)/python tests/kernels/nvcc.py
+	$(BIN)/python tests/emulated.py tests/kernels
 
 test: setup  ## every test
 	$(BIN)/python -m pytest -q
@@ -33,6 +41,12 @@ bench: setup  ## quantool beside its peers and llama.cpp, and the memory of a 4 
 	$(BIN)/python benchmarks/gguf_vs_llamacpp.py --json
 	$(BIN)/python benchmarks/memory.py
 
+test-gpu:  ## the tests that need a GPU, on that of this machine; .venv or $(PYTHON), no network
+	$(ON_GPU) -m pytest -q -m gpu tests/kernels/test_gpu_*.py tests/kernels/test_device.py
+
+bench-gpu:  ## the CUDA kernels beside bf16 and others, on the GPU of this machine; .venv or $(PYTHON), no network
+	$(ON_GPU) benchmarks/kernels.py
+
 clean:  ## back to a fresh clone
-	rm -rf .venv build demo *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build demo quantool/kernels/prebuilt *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
