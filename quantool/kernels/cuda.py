@@ -18,7 +18,7 @@ import torch
 from quantool.errors import QuantoolError
 from quantool.kernels import build, outcome_of
 
-__all__ = ["ALIGNMENT", "OLDEST", "call", "is_available", "library", "outcome", "why_not"]
+__all__ = ["ALIGNMENT", "OLDEST", "aligned", "call", "described", "is_available", "library", "outcome", "why_not"]
 
 ALIGNMENT = 16  # bytes: what a thread loads at once
 OLDEST = (7, 5)  # compute capability of Turing, the oldest that CUDA 13 compiles for
@@ -89,10 +89,21 @@ def call(name: str, *arguments: Any) -> None:
         raise RuntimeError(f"{name}: {_explain(kernels, code)}")
 
 
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or a copy, as `call` takes it: contiguous, and from a multiple of ALIGNMENT on."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % ALIGNMENT else tensor
+
+
+def described(tensor: torch.Tensor) -> str:
+    """Its dtype and shape for a message: "float32 [3, 4]"."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
 def _what_is_wrong(tensor: torch.Tensor, device: torch.device, position: int) -> str:
     if tensor.device != device:
         return f"argument {position} is on {tensor.device} and an earlier one on {device}"
-    which = f"argument {position}, {tensor.dtype} {list(tensor.shape)},"
+    which = f"argument {position}, {described(tensor)},"
     if not tensor.is_contiguous():
         return f"{which} is not contiguous: its strides are {list(tensor.stride())}"
     return f"{which} starts {tensor.data_ptr() % ALIGNMENT} bytes after a multiple of {ALIGNMENT}"

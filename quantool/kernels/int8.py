@@ -152,9 +152,7 @@ def _splits(rows: int, columns: int, tokens: int, device: torch.device) -> int:
 
 def _tokens(x: torch.Tensor, qweight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """X as [tokens, K], as the kernels read it, and the memory of y."""
-    tokens = x.reshape(-1, x.shape[-1]).contiguous()
-    if tokens.data_ptr() % cuda.ALIGNMENT:
-        tokens = tokens.clone()
+    tokens = cuda.aligned(x.reshape(-1, x.shape[-1]))
     return tokens, x.new_empty(*x.shape[:-1], len(qweight))
 
 
@@ -179,15 +177,11 @@ def _fits(x: torch.Tensor, qweight: torch.Tensor, scales: torch.Tensor, farthest
 def _require(x: torch.Tensor, qweight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None) -> None:
     """Raise ValueError when the arguments do not fit each other: a kernel would read past their ends."""
     if qweight.dtype != torch.int8 or qweight.dim() != 2 or not qweight.numel():
-        raise ValueError(f"qweight is {_name(qweight)}, expected int8 [rows, columns]")
+        raise ValueError(f"qweight is {cuda.described(qweight)}, expected int8 [rows, columns]")
     rows, columns = qweight.shape
     if x.dim() < 1 or x.shape[-1] != columns:
-        raise ValueError(f"x is {_name(x)}, the weight has {columns} columns")
+        raise ValueError(f"x is {cuda.described(x)}, the weight has {columns} columns")
     if scales.dtype not in DTYPES or scales.dim() != 2 or len(scales) != rows:
-        raise ValueError(f"scales are {_name(scales)}, expected [{rows}, groups] of a float")
+        raise ValueError(f"scales are {cuda.described(scales)}, expected [{rows}, groups] of a float")
     if bias is not None and (bias.dtype not in DTYPES or bias.shape != (rows,)):
-        raise ValueError(f"bias is {_name(bias)}, expected [{rows}] of a float")
-
-
-def _name(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        raise ValueError(f"bias is {cuda.described(bias)}, expected [{rows}] of a float")

@@ -44,9 +44,7 @@ def linear_nf4_cuda(
         weight = x.new_empty(rows, columns)
         cuda.call("quantool_nf4_dequantize", qweight, absmax, table, weight, rows * columns, block_size, kind)
         return torch.nn.functional.linear(x, weight, bias)
-    x = x.contiguous()
-    if x.data_ptr() % cuda.ALIGNMENT:
-        x = x.clone()
+    x = cuda.aligned(x)
     shape = (tokens, rows, columns, block_size)
     cuda.call("quantool_nf4_gemv", x, qweight, absmax, table, bias, y, *shape, kind)
     return y
@@ -75,7 +73,7 @@ def _require(
 ) -> None:
     """Raise ValueError when the arguments do not fit each other: a kernel would read past their ends."""
     if x.dim() < 1 or rows < 1 or block_size < 1 or not x.shape[-1]:
-        raise ValueError(f"x is {_name(x)} for {rows} rows and blocks of {block_size}")
+        raise ValueError(f"x is {cuda.described(x)} for {rows} rows and blocks of {block_size}")
     count = rows * x.shape[-1]
     for name, tensor, dtype, length in (
         ("qweight", qweight, torch.uint8, -(-count // 2)),
@@ -84,12 +82,8 @@ def _require(
     ):
         if tensor.dtype != dtype or tensor.shape != (length,):
             raise ValueError(
-                f"{name} is {_name(tensor)}, expected {str(dtype).removeprefix('torch.')} [{length}] "
+                f"{name} is {cuda.described(tensor)}, expected {str(dtype).removeprefix('torch.')} [{length}] "
                 f"for {rows} rows of {x.shape[-1]} columns in blocks of {block_size}"
             )
     if bias is not None and bias.shape != (rows,):
-        raise ValueError(f"bias is {_name(bias)}, expected [{rows}]")
-
-
-def _name(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+        raise ValueError(f"bias is {cuda.described(bias)}, expected [{rows}]")

@@ -65,7 +65,7 @@ def group_range_cuda(weight: torch.Tensor, groups: int) -> tuple[torch.Tensor, t
     if width % 8 or not cuda.is_available():
         return group_range_reference(weight, groups)
     low, high = (weight.new_empty(weight.shape[0], groups, dtype=torch.float32) for _ in range(2))
-    cuda.call("quantool_group_range", _aligned(weight), low, high, low.numel(), width, DTYPES[weight.dtype])
+    cuda.call("quantool_group_range", cuda.aligned(weight), low, high, low.numel(), width, DTYPES[weight.dtype])
     return low, high
 
 
@@ -79,7 +79,7 @@ def quantize_affine_cuda(
     if width % 8 or not cuda.is_available():
         return quantize_affine_reference(weight, scales, zeros, bits)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    aligned = [None if tensor is None else _aligned(tensor) for tensor in (weight, scales, zeros)]
+    aligned = [None if tensor is None else cuda.aligned(tensor) for tensor in (weight, scales, zeros)]
     numbers = (scales.numel(), width, bits, DTYPES[weight.dtype], DTYPES[scales.dtype])
     cuda.call("quantool_quantize_affine", *aligned, codes, *numbers)
     return codes
@@ -96,16 +96,10 @@ def _(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bi
     return weight.new_empty(weight.shape, dtype=torch.uint8)
 
 
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, or a copy that is contiguous and begins at a multiple of 16 bytes."""
-    tensor = tensor.contiguous()
-    return tensor.clone() if tensor.data_ptr() % 16 else tensor
-
-
 def _require_groups(weight: torch.Tensor, groups: int) -> None:
     """Raise ValueError unless W is a matrix of floats whose rows have that many groups."""
     if weight.dtype not in DTYPES or weight.dim() != 2:
-        raise ValueError(f"weight is {weight.dtype} {list(weight.shape)}, expected a matrix of {_either(DTYPES)}")
+        raise ValueError(f"weight is {cuda.described(weight)}, expected a matrix of {_either(DTYPES)}")
     if groups < 1 or weight.shape[1] % groups:
         raise ValueError(f"weight has {weight.shape[1]} columns, which {groups} groups do not share equally")
 
@@ -120,9 +114,9 @@ def _require_grid(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tenso
         if tensor is None:
             continue
         if tensor.shape != shape or tensor.dtype not in dtypes or tensor.device != weight.device:
-            found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            found = f"{cuda.described(tensor)} on {tensor.device}"
             raise ValueError(f"{name} is {found}, expected {_either(dtypes)} {list(shape)} on {weight.device}")
 
 
 def _either(dtypes: Iterable[torch.dtype]) -> str:
-    return " or ".join(map(str, dtypes))
+    return " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -214,5 +214,5 @@ def _require_form(form: str, bits: int) -> None:
 
 def _require(op: str, name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
-        found = f"{'' if tensor.is_contiguous() else 'non-contiguous '}{tensor.dtype} {list(tensor.shape)}"
-        raise ValueError(f"{op}: {name} is {found}, expected {dtype} {list(shape)}")
+        found = f"{'' if tensor.is_contiguous() else 'non-contiguous '}{cuda.described(tensor)}"
+        raise ValueError(f"{op}: {name} is {found}, expected {str(dtype).removeprefix('torch.')} {list(shape)}")

@@ -93,7 +93,7 @@ def linear_cuda(
 ) -> torch.Tensor:
     """`linear_tiles` by the kernels, for x of bfloat16 and float16. Raises ValueError for what they cannot read."""
     if x.dtype not in FLOATS:
-        raise ValueError(f"x is {_name(x)}, the kernels compute in bfloat16 and float16")
+        raise ValueError(f"x is {cuda.described(x)}, the kernels compute in bfloat16 and float16")
     rows, columns, group = _require(x, tiles, scales, zeros, bias, bits)
     multiprocessors, capability = card(x.device)
     if capability < cuda.OLDEST:
@@ -107,9 +107,7 @@ def linear_cuda(
         weight = x.new_empty(rows, columns)
         cuda.call("quantool_wna16_dequantize", tiles, scales, zeros, weight, rows, columns, group, *kind)
         return torch.nn.functional.linear(x, weight, bias)
-    x = x.contiguous()
-    if x.data_ptr() % cuda.ALIGNMENT:
-        x = x.clone()
+    x = cuda.aligned(x)
     if capability < TENSOR_CORES:
         cuda.call("quantool_wna16_simt", x, tiles, scales, zeros, bias, y, tokens, rows, columns, group, *kind)
         return y
@@ -151,22 +149,19 @@ def _require(
         raise ValueError(f"bits is {bits}, tiles hold 4 or 8")
     if tiles.dtype != torch.int32 or tiles.dim() != 3 or not tiles.numel() or tiles.shape[2] != 32 * bits:
         raise ValueError(
-            f"tiles of {bits} bits are {_name(tiles)}, expected int32 [rows / 16, columns / 64, {32 * bits}]"
+            f"tiles of {bits} bits are {cuda.described(tiles)}, expected int32 [rows / 16, columns / 64, {32 * bits}]"
         )
     rows, columns = TILE_ROWS * tiles.shape[0], TILE_COLUMNS * tiles.shape[1]
     if x.dim() < 1 or x.shape[-1] != columns:
-        raise ValueError(f"x is {_name(x)}, expected [..., {columns}] for tiles {list(tiles.shape)}")
+        raise ValueError(f"x is {cuda.described(x)}, expected [..., {columns}] for tiles {list(tiles.shape)}")
     groups = scales.shape[1] if scales.dim() == 4 else 0
     if scales.dtype not in FLOATS or not groups or scales.shape != (tiles.shape[0], groups, 8, 2):
-        raise ValueError(f"scales are {_name(scales)}, expected bfloat16 or float16 [{tiles.shape[0]}, groups, 8, 2]")
+        wanted = f"bfloat16 or float16 [{tiles.shape[0]}, groups, 8, 2]"
+        raise ValueError(f"scales are {cuda.described(scales)}, expected {wanted}")
     if columns % groups or columns // groups % 32:
         raise ValueError(f"rows of {columns} are not {groups} groups of a multiple of 32")
     if zeros is not None and (zeros.dtype != torch.uint8 or zeros.shape != scales.shape):
-        raise ValueError(f"zeros are {_name(zeros)}, expected uint8 {list(scales.shape)}")
+        raise ValueError(f"zeros are {cuda.described(zeros)}, expected uint8 {list(scales.shape)}")
     if bias is not None and (bias.dtype != x.dtype or bias.shape != (rows,)):
-        raise ValueError(f"bias is {_name(bias)}, expected {_name(x).split()[0]} [{rows}]")
+        raise ValueError(f"bias is {cuda.described(bias)}, expected {cuda.described(x).split()[0]} [{rows}]")
     return rows, columns, columns // groups
-
-
-def _name(tensor: torch.Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

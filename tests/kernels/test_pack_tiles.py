@@ -151,16 +151,16 @@ def test_what_can_be_tiled(arguments: tuple[int, int, int, int], reason: str | N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"packed": torch.zeros(32, 17, dtype=torch.int32)}, r"\[32, 17\], expected torch.int32 \[32, 16\]"),
-        ({"packed": torch.zeros(32, 16)}, r"float32 \[32, 16\], expected torch.int32"),
+        ({"packed": torch.zeros(32, 17, dtype=torch.int32)}, r"\[32, 17\], expected int32 \[32, 16\]"),
+        ({"packed": torch.zeros(32, 16)}, r"float32 \[32, 16\], expected int32"),
         ({"packed": torch.zeros(16, 32, dtype=torch.int32).t()}, "non-contiguous"),
         ({"form": "marlin"}, "'marlin', expected one of codes, rows"),
         ({"bits": 3}, "bits is 3, expected 4 or 8"),
         ({"form": "awq", "bits": 8}, "bits is 8, expected 4 of form awq"),
         ({"rows": 24}, r"\[24, 128\]"),
         ({"columns": 96}, r"\[32, 96\]"),
-        ({"perm": torch.arange(127, dtype=torch.int32)}, r"perm is torch.int32 \[127\], expected torch.int32 \[128\]"),
-        ({"perm": torch.arange(128)}, "perm is torch.int64"),
+        ({"perm": torch.arange(127, dtype=torch.int32)}, r"perm is int32 \[127\], expected int32 \[128\]"),
+        ({"perm": torch.arange(128)}, "perm is int64"),
         ({"perm": torch.arange(1, 129, dtype=torch.int32)}, "perm is 1 to 128, expected 0 to 127"),
         ({"perm": torch.arange(-1, 127, dtype=torch.int32)}, "perm is -1 to 126"),
     ],
@@ -184,7 +184,7 @@ def test_memory_that_16_byte_loads_cannot_read_is_refused() -> None:
 @pytest.mark.parametrize(
     ("packed", "message"),
     [
-        (torch.zeros(2, 2, 256, dtype=torch.int32), r"\[2, 2, 256\], expected torch.int32 \[2, 2, 128\]"),
+        (torch.zeros(2, 2, 256, dtype=torch.int32), r"\[2, 2, 256\], expected int32 \[2, 2, 128\]"),
         (torch.zeros(2, 128, dtype=torch.int32), r"\[2, 128\]"),
         (torch.zeros(0, 2, 128, dtype=torch.int32), r"16 rows by 64 columns, and \[0, 128\]"),
         (torch.zeros(2, 2, 128), "float32"),

@@ -162,9 +162,10 @@ def test_gemv_refills_its_ring(emulated: Emulated, bits: int) -> None:
     assert error(case.run("gemv"), case.expected) < TOLERANCE[torch.bfloat16]
 
 
-def test_gemv_of_two_row_tiles(emulated: Emulated) -> None:
+@pytest.mark.parametrize(("tokens", "rows"), [(2, 16384), (8, 4096)])
+def test_gemv_of_two_row_tiles(emulated: Emulated, tokens: int, rows: int) -> None:
     """What many rows take: 32 of them to a block, and every warp fills its ring again."""
-    case = make(2, 16384, 64 * 35, 64 * 35, sym=False)
+    case = make(tokens, rows, 64 * 35, 64 * 35, sym=False)
     assert error(case.run("gemv"), case.expected) < TOLERANCE[torch.bfloat16]
 
 

@@ -124,7 +124,7 @@ def _measure(tile: Tile, stored: Stored, codes: Tensor, shape: Shape) -> tuple[T
     square = error * error
     own = tile.weight * (error.abs() if _linear(tile, shape) else square)
     plain = square if tile.importance is None else tile.importance * square
-    return total(own.flatten(0, 1)), total(plain.flatten(0, 1))
+    return total(total(own)), total(total(plain))
 
 
 def _linear(tile: Tile, shape: Shape) -> bool:

@@ -5,14 +5,12 @@
 //
 // A tile holds one super-block per lane. First each of its groups is searched for a float scale (and minimum), then the
 // scales for d and integers, then the codes are rounded again on the grid that will be stored. That is ggml's own
-// result, byte for byte; unless it is asked for, kquants_refine.h goes on from there.
+// result, byte for byte; unless it is asked for, kquants_refine.h goes on from there. What is done with each group
+// stands in the headers, for CUDA too.
 //
 // The oracle is quantool/formats/ggml/kquants.py, equal bit for bit.
 
-#include "kquants_pack.h"
 #include "kquants_refine.h"
-#include "kquants_search.h"
-#include "kquants_tile.h"
 
 namespace {
 
@@ -26,190 +24,130 @@ struct Problem {
   uint8_t* out;
 };
 
-// float16, where ggml overflows to infinity and a finite number serves better.
-Float store_half(Float v, bool exact) { return exact ? round_to_half(v) : finite_half(v); }
+// What a block stores of its steps and offsets.
+struct Grid {
+  Float d, dmin;               // float16 values
+  Float scales[16], mins[16];  // integers; mins only of affine types
+};
 
-Float square_sum(const Float* x, int count) {
-  Float sum = splat(0.f);
-  for (int k = 0; k < count; ++k) sum += x[k] * x[k];
-  return sum;
-}
-
-// ggml's weights with importance: importance * sqrt(mean square * factor + x^2). Q6_K takes the importance itself.
-template <class Type>
-void weigh_by_importance(Tile& tile) {
-  const Float variance = Type::VarianceFactor * square_sum(tile.x, SuperBlock) / float(SuperBlock);
-  for (int k = 0; k < SuperBlock; ++k)
-    tile.weight[k] = tile.importance[k] * sqrt(variance + tile.x[k] * tile.x[k]);
-}
-
-// ggml's own weights without: |x|, to which Q4_K and Q5_K add the root mean square of the group.
-template <class Type>
-void weigh_by_magnitude(Tile& tile) {
-  for (int g = 0; g < Type::Groups; ++g) {
-    const Float* x = tile.x + g * Type::Count;
-    const Float mean = !Type::Absolute ? sqrt(square_sum(x, Type::Count) / float(Type::Count)) : splat(0.f);
-    for (int k = 0; k < Type::Count; ++k) tile.weight[g * Type::Count + k] = mean + absolute(x[k]);
-  }
-}
-
-Float group_weight(const Float* w, int count) {
-  Float sum = splat(0.f);
-  for (int k = 0; k < count; ++k) sum += w[k];
-  return sum;
-}
-
-// x >= 0 over their largest as integers, without importance. ggml keeps them in a byte, which matters where 1 / max is
-// infinite.
-template <int Groups, int MaxScale>
-Float scale_to_largest(const Float* x, Float* codes) {
-  Float max = splat(0.f);
-  for (int g = 0; g < Groups; ++g) max = maximum(x[g], max);
-  const Float inverse = select(max > 0.f, float(MaxScale) / max, splat(0.f));
-  for (int g = 0; g < Groups; ++g) codes[g] = to_float(minimum(nearest(inverse * x[g]) & 255, splat(MaxScale)));
-  return max / float(MaxScale);
-}
-
-template <class Type>
-void search_groups(const Tile& tile, Affine* found, bool weighted) {
-  for (int g = 0; g < Type::Groups; ++g) {
-    const Float *x = tile.x + g * Type::Count, *w = tile.weight + g * Type::Count;
-    found[g] = weighted ? search_affine<Type::Count, Type::Highest, false>(x, w, Weighted)
-                        : search_affine<Type::Count, Type::Highest, Type::Absolute>(x, w, Type::Plain);
-  }
-}
-
-// d, dmin and the integers for them. `positive` takes negative scales for zero, which ggml does not.
-template <class Type>
-Grid scale_groups(const Tile& tile, const Affine* found, bool weighted, bool exact, bool positive) {
-  Float scales[Type::Groups], mins[Type::Groups], weights[Type::Groups];
-  for (int g = 0; g < Type::Groups; ++g) {
-    scales[g] = positive ? maximum(found[g].scale, splat(0.f)) : found[g].scale;
-    mins[g] = found[g].min;
-    weights[g] = group_weight(tile.weight + g * Type::Count, Type::Count);
-  }
+struct Tile {
+  Float x[SuperBlock];
+  Float importance[SuperBlock];  // only where there is one
+  Float weight[SuperBlock];      // ggml's, of the squared error (Q2_K without importance: of its magnitude)
+  Float codes[SuperBlock];
   Grid grid;
-  if (weighted) {
-    grid.d = search_positive<Type::Groups, Type::HighestScale>(scales, weights, grid.scales);
-    grid.dmin = search_positive<Type::Groups, Type::HighestScale>(mins, weights, grid.mins);
-  } else {
-    grid.d = scale_to_largest<Type::Groups, Type::HighestScale>(scales, grid.scales);
-    grid.dmin = scale_to_largest<Type::Groups, Type::HighestScale>(mins, grid.mins);
+};
+
+template <class Type>
+Grid select_grid(Int mask, const Grid& yes, const Grid& no) {
+  Grid grid = no;
+  grid.d = select(mask, yes.d, no.d);
+  if (!Type::Signed) grid.dmin = select(mask, yes.dmin, no.dmin);
+  for (int g = 0; g < Type::Groups; ++g) {
+    grid.scales[g] = select(mask, yes.scales[g], no.scales[g]);
+    if (!Type::Signed) grid.mins[g] = select(mask, yes.mins[g], no.mins[g]);
   }
-  grid.d = store_half(grid.d, exact);
-  grid.dmin = store_half(grid.dmin, exact);
+  return grid;
+}
+
+template <class Type>
+Line line_of(const Grid& grid, int g) {
+  return kquants::line_of<Type>(grid.d, grid.dmin, grid.scales[g], grid.mins[g]);
+}
+
+template <class Type, bool Weighted>
+void weigh(Tile& tile) {
+  Float variance = splat(0.f);
+  if (NeedsVariance<Type, Weighted>) variance = variance_of<Type>(square_sum<SuperBlock>(tile.x, variance));
+  for (int k = 0; k < SuperBlock; k += Type::Count)
+    kquants::weigh<Type, Weighted>(tile.x + k, tile.importance + k, variance, tile.weight + k);
+}
+
+// d, dmin and the integers for the float scales and mins of all groups.
+template <class Type, bool Weighted>
+Grid scale_groups(const Float* scales, const Float* mins, const Float* weights, bool exact) {
+  Grid grid;
+  grid.d = store_half(affine_integers<Type, Weighted>(scales, weights, grid.scales), exact);
+  grid.dmin = store_half(affine_integers<Type, Weighted>(mins, weights, grid.mins), exact);
   return grid;
 }
 
 // ggml's grid and codes in the tile. The result is where the default search starts: there too, but without ggml's
 // mishap with negative scales.
-template <class Type>
-Grid quantize_affine(Tile& tile, bool weighted, bool exact) {
-  if (weighted)
-    weigh_by_importance<Type>(tile);
-  else
-    weigh_by_magnitude<Type>(tile);
-  Affine found[Type::Groups];
-  search_groups<Type>(tile, found, weighted);
-  tile.grid = scale_groups<Type>(tile, found, weighted, exact, false);
+template <class Type, bool Weighted>
+Grid quantize_affine(Tile& tile, bool exact) {
+  constexpr int Groups = Type::Groups, Count = Type::Count;
+  Affine found[Groups];
+  Float scales[Groups], mins[Groups], weights[Groups];
   Int negative = splat(0);
-  for (int g = 0; g < Type::Groups; ++g) {
-    negative |= found[g].scale < 0.f;
-    const Float d = tile.grid.d * tile.grid.scales[g], min = tile.grid.dmin * tile.grid.mins[g];
-    const Int none = d == 0.f;  // the codes count for nothing; ggml leaves those of the search
-    for (int k = g * Type::Count; k < (g + 1) * Type::Count; ++k) {
-      const Int code = clamp(nearest((tile.x[k] + min) / d), splat(0), splat(Type::Highest));
-      const Float searched = affine_code(tile.x[k], found[g].inverse, found[g].code_base, Type::Highest);
-      tile.codes[k] = select(none, searched, to_float(code));
-    }
+  for (int g = 0; g < Groups; ++g) {
+    found[g] = search_group<Type, Weighted>(tile.x + g * Count, tile.weight + g * Count);
+    scales[g] = found[g].scale;
+    mins[g] = found[g].min;
+    weights[g] = total<Count>(tile.weight + g * Count);
+    negative |= scales[g] < 0.f;
+  }
+  tile.grid = scale_groups<Type, Weighted>(scales, mins, weights, exact);
+  for (int g = 0; g < Groups; ++g) {
+    const Line line = line_of<Type>(tile.grid, g);
+    requantize_affine<Type>(tile.x + g * Count, found[g], line.step, line.offset, tile.codes + g * Count);
   }
   if (exact || !any(negative)) return tile.grid;
-  return select_grid<Type>(negative, scale_groups<Type>(tile, found, weighted, exact, true), tile.grid);
+  for (int g = 0; g < Groups; ++g) scales[g] = maximum(scales[g], splat(0.f));
+  return select_grid<Type>(negative, scale_groups<Type, Weighted>(scales, mins, weights, exact), tile.grid);
 }
 
-// Whether the largest scale leaves nothing of a block: Q3_K without importance asks for zero itself.
-template <class Type>
-Int is_zero(Float largest) { return Type::Coarse ? largest == 0.f : absolute(largest) < Epsilon; }
-
-// The largest scale of Q3_K and Q6_K becomes -MaxScale, without importance (Q6_K: always).
-template <class Type>
-Float scale_to_signed_largest(const Float* scales, Float* codes) {
-  const Float max = signed_max<Type::Groups>(scales), inverse = float(Type::LowestScale) / max;
-  for (int g = 0; g < Type::Groups; ++g)
-    codes[g] = to_float(clamp(nearest(inverse * scales[g]), splat(Type::LowestScale), splat(Type::HighestScale)));
-  return select(is_zero<Type>(max), splat(0.f), 1.f / inverse);
-}
-
-// The scales of all groups; tile.codes as the search leaves them.
-template <class Type>
-void search_signed_groups(Tile& tile, Float* scales) {
-  for (int g = 0; g < Type::Groups; ++g) {
-    const Float *x = tile.x + g * Type::Count, *w = tile.weight + g * Type::Count;
-    const Signed found = search_signed<Type::Count, -Type::Lowest>(x, w);
-    scales[g] = found.scale;
-    for (int k = 0; k < Type::Count; ++k)
-      tile.codes[g * Type::Count + k] = signed_code(x[k], found.inverse, -Type::Lowest);
-  }
-}
-
-template <class Type>
-void descend_signed_groups(Tile& tile, Float* scales) {
-  constexpr int Chains = 4;
-  for (int g = 0; g < Type::Groups; g += Chains) {
-    const int k = g * Type::Count;
-    descend_signed<Type::Count, -Type::Lowest, Chains>(tile.x + k, tile.weight + k, tile.codes + k, scales + g);
-  }
-}
-
-// d and the integer scales of Q3_K with importance: searched as the weights are.
-template <class Type>
-void search_scale_of_scales(Tile& tile, const Float* scales) {
-  Float weights[Type::Groups];
-  for (int g = 0; g < Type::Groups; ++g) weights[g] = group_weight(tile.weight + g * Type::Count, Type::Count);
-  const Signed found = search_signed<Type::Groups, -Type::LowestScale>(scales, weights);
-  for (int g = 0; g < Type::Groups; ++g) tile.grid.scales[g] = signed_code(scales[g], found.inverse, -Type::LowestScale);
-  tile.grid.d = found.scale;
-}
-
-// The codes on the stored grid; where a step is 0 they count for nothing, and ggml leaves those of the search, or zero
-// bits: the lowest level.
-template <class Type>
-void requantize_signed(Tile& tile, Int zero) {
-  const Float lowest = splat(float(Type::Lowest));
-  for (int g = 0; g < Type::Groups; ++g) {
-    const Float d = tile.grid.d * tile.grid.scales[g];
-    const Int none = d == 0.f;
-    const Int bare = (Type::Coarse ? splat(0) : zero) |
-                     (absolute(signed_max<Type::Count>(tile.x + g * Type::Count)) < Epsilon);
-    for (int k = g * Type::Count; k < (g + 1) * Type::Count; ++k) {
-      const Int code = clamp(nearest(tile.x[k] / d), splat(Type::Lowest), splat(Type::Highest));
-      tile.codes[k] = select(none, select(bare, lowest, tile.codes[k]), to_float(code));
-    }
-  }
-}
-
-template <class Type>
-Grid quantize_signed(Tile& tile, bool weighted, bool exact) {
-  if (weighted && Type::Coarse)
-    weigh_by_importance<Type>(tile);
-  else
-    for (int k = 0; k < SuperBlock; ++k) tile.weight[k] = weighted ? tile.importance[k] : tile.x[k] * tile.x[k];
-  Float scales[Type::Groups];
-  if (Type::Coarse && !weighted)
-    descend_signed_groups<Type>(tile, scales);
-  else
-    search_signed_groups<Type>(tile, scales);
-  if (Type::Coarse && weighted)
-    search_scale_of_scales<Type>(tile, scales);
-  else
-    tile.grid.d = scale_to_signed_largest<Type>(scales, tile.grid.scales);
-  tile.grid.d = store_half(tile.grid.d, exact);
-  const Float largest = signed_max<Type::Groups>(scales);
-  const Int zero = weighted ? absolute(largest) < Epsilon : is_zero<Type>(largest);
-  const Float stored_as_zero = splat(Type::Coarse ? float(Type::LowestScale) : 0.f);
-  for (int g = 0; g < Type::Groups; ++g) tile.grid.scales[g] = select(zero, stored_as_zero, tile.grid.scales[g]);
-  requantize_signed<Type>(tile, zero);
+template <class Type, bool Weighted>
+Grid quantize_signed(Tile& tile, bool exact) {
+  constexpr int Groups = Type::Groups, Count = Type::Count, Chains = 4;
+  Float scales[Groups], weights[Groups];
+  for (int g = 0, k = 0; g < Groups; g += Chains, k += Chains * Count)
+    search_groups<Type, Weighted, Chains>(tile.x + k, tile.weight + k, tile.codes + k, scales + g);
+  for (int g = 0; g < Groups; ++g) weights[g] = total<Count>(tile.weight + g * Count);
+  Int zero;
+  tile.grid.d = store_half(signed_integers<Type, Weighted>(scales, weights, tile.grid.scales, zero), exact);
+  for (int g = 0; g < Groups; ++g)
+    requantize_signed<Type>(tile.x + g * Count, tile.grid.d * tile.grid.scales[g], zero, tile.codes + g * Count);
   return tile.grid;
+}
+
+template <class Type, bool Weighted>
+Errors measure(const Tile& tile, const Grid& grid, const Float* codes) {
+  Errors sum = {splat(0.f), splat(0.f)};
+  for (int g = 0, k = 0; g < Type::Groups; ++g, k += Type::Count)
+    sum.add(group_errors<Type, Weighted>(tile.x + k, tile.weight + k, tile.importance + k, codes ? codes + k : nullptr,
+                                         line_of<Type>(grid, g)));
+  return sum;
+}
+
+// From the grid given; the tile holds ggml's block.
+template <class Type, bool Weighted>
+void refine(Tile& tile, Grid grid) {
+  constexpr int Groups = Type::Groups, Count = Type::Count;
+  const Float zero = splat(0.f);
+  Aims<Weighted> aims(measure<Type, Weighted>(tile, tile.grid, tile.codes));
+  Int improved = splat(0);
+  Float cost[SuperBlock];
+  for (int round = 0; round < Rounds; ++round) {
+    Normal sums = {zero, zero, zero, zero, zero};
+    const Float plain = aims.plain;
+    for (int g = 0, k = 0; g < Groups; ++g, k += Count) {
+      mix<Type, Weighted>(tile.weight + k, aims, cost + k);
+      sums.add(group_normal<Type, Linear<Type, Weighted>>(tile.x + k, cost + k, plain, line_of<Type>(grid, g),
+                                                         grid.scales[g], grid.mins[g]));
+    }
+    refit<Type>(sums, grid.d, grid.dmin);
+    for (int g = 0, k = 0; g < Groups; ++g, k += Count)
+      move_group<Type, Weighted>(tile.x + k, cost + k, plain, grid.d, grid.dmin, grid.scales[g], grid.mins[g]);
+    const Int better = aims.better(measure<Type, Weighted>(tile, grid, nullptr));
+    tile.grid = select_grid<Type>(better, grid, tile.grid);
+    improved |= better;
+  }
+  for (int g = 0, k = 0; g < Groups; ++g, k += Count) {
+    Float codes[Count];
+    round_again<Type>(tile.x + k, line_of<Type>(tile.grid, g), codes);
+    for (int i = 0; i < Count; ++i) tile.codes[k + i] = select(improved, codes[i], tile.codes[k + i]);
+  }
 }
 
 template <class Type>
@@ -227,7 +165,7 @@ Fields fields_of(const Tile& tile, int lane) {
   return f;
 }
 
-template <class Type>
+template <class Type, bool Weighted>
 void quantize_tile(const Problem& p, int64_t first, Tile& tile) {
   const float *x[Lanes], *importance[Lanes];
   const int64_t count = std::min<int64_t>(Lanes, p.super_blocks - first);
@@ -237,21 +175,23 @@ void quantize_tile(const Problem& p, int64_t first, Tile& tile) {
     importance[lane] = p.importance + block % p.per_row * SuperBlock;
   }
   load_transposed(x, SuperBlock, tile.x);
-  const bool weighted = p.importance != nullptr;
-  if (weighted) load_transposed(importance, SuperBlock, tile.importance);
+  if (Weighted) load_transposed(importance, SuperBlock, tile.importance);
+  weigh<Type, Weighted>(tile);
   Grid start;
   if constexpr (Type::Signed)
-    start = quantize_signed<Type>(tile, weighted, p.exact);
+    start = quantize_signed<Type, Weighted>(tile, p.exact);
   else
-    start = quantize_affine<Type>(tile, weighted, p.exact);
-  if (!p.exact) weighted ? refine<Type, true>(tile, start) : refine<Type, false>(tile, start);
-  for (int lane = 0; lane < count; ++lane) Type::pack(p.out + (first + lane) * Type::Bytes, fields_of<Type>(tile, lane));
+    start = quantize_affine<Type, Weighted>(tile, p.exact);
+  if (!p.exact) refine<Type, Weighted>(tile, start);
+  for (int lane = 0; lane < count; ++lane)
+    Type::template pack<1>(p.out + (first + lane) * Type::Bytes, fields_of<Type>(tile, lane), 0);
 }
 
-template <class Type>
+template <class Type, bool Weighted>
 void quantize_tiles(int64_t begin, int64_t end, void* problem) {
   Tile tile;
-  for (int64_t t = begin; t < end; ++t) quantize_tile<Type>(*static_cast<const Problem*>(problem), t * Lanes, tile);
+  for (int64_t t = begin; t < end; ++t)
+    quantize_tile<Type, Weighted>(*static_cast<const Problem*>(problem), t * Lanes, tile);
 }
 
 template <class Type>
@@ -259,7 +199,8 @@ int32_t quantize(const float* weight, const float* importance, int64_t rows, int
                  uint8_t* blocks) {
   const int64_t per_row = columns / SuperBlock;
   Problem p{weight, importance, rows * per_row, per_row, exact != 0, blocks};
-  return torch_parallel_for(0, (p.super_blocks + Lanes - 1) / Lanes, 1, quantize_tiles<Type>, &p);
+  const auto run = importance ? quantize_tiles<Type, true> : quantize_tiles<Type, false>;
+  return torch_parallel_for(0, (p.super_blocks + Lanes - 1) / Lanes, 1, run, &p);
 }
 
 }  // namespace

@@ -18,11 +18,17 @@ using namespace lanes;
 
 constexpr float Epsilon = 1e-15f;  // ggml's GROUP_MAX_EPS: a sub-block below it is zero
 
-// Candidates for the number of steps between the least and the largest value: max_code + first + delta * i, i = 0..count.
+// Candidates for the number of steps between the least and the largest value: max_code + first + delta * i for
+// i = 0..count.
 struct Steps {
   float first, delta;
   int count;
 };
+
+// start + delta * i, rounded twice
+QUANTOOL_DEVICE Float after_steps(float start, float delta, int i) {
+  return splat(start) + splat(delta) * splat(float(i));
+}
 
 struct Affine {
   Float scale, min;          // x ~ scale * code - min
@@ -30,18 +36,19 @@ struct Affine {
 };
 
 // Infinite where the range is next to nothing: ggml's rounding then gives code 0.
-inline Float usable(Float inverse) { return select(inverse > 3.4028235e38f, splat(0.f), inverse); }
+QUANTOOL_DEVICE Float usable(Float inverse) { return select(inverse > 3.4028235e38f, splat(0.f), inverse); }
 
-inline Float affine_code(Float x, Float inverse, Float base, float max_code) {
+QUANTOOL_DEVICE Float affine_code(Float x, Float inverse, Float base, float max_code) {
   return clamp(rint(inverse * (x - base)), splat(0.f), splat(max_code));
 }
 
 template <bool Absolute>
-inline Float penalty(Float difference) { return Absolute ? absolute(difference) : difference * difference; }
+QUANTOOL_DEVICE Float penalty(Float difference) { return Absolute ? absolute(difference) : difference * difference; }
 
 template <int Count, bool Absolute>
-inline Float affine_error(const Float* x, const Float* w, const Float* codes, Float scale, Float min) {
+QUANTOOL_DEVICE Float affine_error(const Float* x, const Float* w, const Float* codes, Float scale, Float min) {
   Float error = splat(0.f);
+#pragma unroll
   for (int k = 0; k < Count; ++k) error += w[k] * penalty<Absolute>(scale * codes[k] + min - x[k]);
   return error;
 }
@@ -52,7 +59,7 @@ struct Fit {
   Int valid;
 };
 
-inline Fit fit_affine(Float w, Float wx, Float wl, Float wll, Float wxl) {
+QUANTOOL_DEVICE Fit fit_affine(Float w, Float wx, Float wl, Float wll, Float wxl) {
   const Float determinant = w * wll - wl * wl;
   const Float scale = (w * wxl - wx * wl) / determinant, min = (wll * wx - wl * wxl) / determinant;
   const Int positive = min > 0.f;
@@ -61,8 +68,9 @@ inline Fit fit_affine(Float w, Float wx, Float wl, Float wll, Float wxl) {
 
 // `Absolute` sums |error| in place of its square. Each candidate starts from the best minimum so far, as ggml's does.
 template <int Count, int MaxCode, bool Absolute>
-Affine search_affine(const Float* x, const Float* w, Steps steps) {
+QUANTOOL_DEVICE Affine search_affine(const Float* x, const Float* w, Steps steps) {
   Float min = x[0], max = x[0], sum_w = w[0], sum_x = w[0] * x[0];
+#pragma unroll
   for (int k = 1; k < Count; ++k) {
     min = minimum(x[k], min);
     max = maximum(x[k], max);
@@ -74,11 +82,14 @@ Affine search_affine(const Float* x, const Float* w, Steps steps) {
   Float inverse = float(MaxCode) / (max - min);
   Affine best = {1.f / inverse, min, usable(inverse), min};
   Float codes[Count];
+#pragma unroll
   for (int k = 0; k < Count; ++k) codes[k] = affine_code(x[k], best.inverse, min, MaxCode);
   Float least = affine_error<Count, Absolute>(x, w, codes, best.scale, min);
+#pragma unroll 1
   for (int i = 0; i <= steps.count; ++i) {
-    inverse = usable((steps.first + steps.delta * i + MaxCode) / (max - best.min));
+    inverse = usable((after_steps(steps.first, steps.delta, i) + splat(float(MaxCode))) / (max - best.min));
     Float wl = splat(0.f), wll = splat(0.f), wxl = splat(0.f);
+#pragma unroll
     for (int k = 0; k < Count; ++k) {
       const Float l = affine_code(x[k], inverse, best.min, MaxCode), product = w[k] * l;
       codes[k] = l;
@@ -109,11 +120,11 @@ struct Moments {
 };
 
 // ggml keeps the codes of scales in bytes, also those that are negative or beyond all bounds.
-inline Float last_byte(Int code) { return to_float(code & 255); }
+QUANTOOL_DEVICE Float last_byte(Int code) { return to_float(code & 255); }
 
 // One step of `descend`: the code that is best for the scale of all others, if the error falls with it.
 template <bool Positive>
-inline Int move_code(Float x, Float w, Float& code, Moments& sums, int lowest, int highest) {
+QUANTOOL_DEVICE Int move_code(Float x, Float w, Float& code, Moments& sums, int lowest, int highest) {
   const Float product = w * x;
   Float wxl = sums.wxl - product * code, wll = sums.wll - w * code * code;
   Int better = wxl > 0.f;
@@ -132,10 +143,13 @@ inline Int move_code(Float x, Float w, Float& code, Moments& sums, int lowest, i
 
 // Gauss-Seidel over the codes of `Chains` sub-blocks side by side: each waits for a division, so they take turns.
 template <int Count, int Chains, bool Positive>
-void descend(const Float* x, const Float* w, Float* codes, Moments* sums, int lowest, int highest) {
+QUANTOOL_DEVICE void descend(const Float* x, const Float* w, Float* codes, Moments* sums, int lowest, int highest) {
+#pragma unroll 1
   for (int sweep = 0; sweep < 5; ++sweep) {
     Int changed = splat(0);
+#pragma unroll
     for (int k = 0; k < Count; ++k)
+#pragma unroll
       for (int c = 0; c < Chains; ++c) {
         const int i = c * Count + k;
         changed |= move_code<Positive>(x[i], w[i], codes[i], sums[c], lowest, highest);
@@ -144,19 +158,22 @@ void descend(const Float* x, const Float* w, Float* codes, Moments* sums, int lo
   }
 }
 
-inline Float ratio(Moments sums) { return select(sums.wll > 0.f, sums.wxl / sums.wll, splat(0.f)); }
+QUANTOOL_DEVICE Float ratio(Moments sums) { return select(sums.wll > 0.f, sums.wxl / sums.wll, splat(0.f)); }
 
 // A negative x, which an affine search can leave where few weights count, ends up as a large code: as in ggml.
 template <int Count, int MaxCode>
-Float search_positive(const Float* x, const Float* w, Float* codes) {
+QUANTOOL_DEVICE Float search_positive(const Float* x, const Float* w, Float* codes) {
   const Int highest = splat(MaxCode);
   Float max = splat(0.f);
+#pragma unroll
   for (int k = 0; k < Count; ++k) max = maximum(x[k], max);
   Float inverse = float(MaxCode) / max, least = splat(0.f);
+#pragma unroll 1
   for (int i = -5; i <= 4; ++i) {  // -5 stands for the plain one, which comes first; 0 would repeat it
     if (i == 0) continue;
-    const Float candidate = i == -5 ? inverse : (0.1f * i + MaxCode) / max, scale = 1.f / candidate;
+    const Float candidate = i == -5 ? inverse : after_steps(MaxCode, 0.1f, i) / max, scale = 1.f / candidate;
     Float error = splat(0.f);
+#pragma unroll
     for (int k = 0; k < Count; ++k) {
       const Float difference = x[k] - scale * to_float(minimum(nearest(candidate * x[k]), highest));
       error += w[k] * difference * difference;
@@ -166,6 +183,7 @@ Float search_positive(const Float* x, const Float* w, Float* codes) {
     inverse = select(better, candidate, inverse);
   }
   Moments sums = {splat(0.f), splat(0.f)};
+#pragma unroll
   for (int k = 0; k < Count; ++k) {
     const Int code = minimum(nearest(inverse * x[k]), highest);
     sums.wxl += w[k] * x[k] * to_float(code);
@@ -174,6 +192,7 @@ Float search_positive(const Float* x, const Float* w, Float* codes) {
   }
   descend<Count, 1, true>(x, w, codes, &sums, 0, MaxCode);
   const Int zero = max < Epsilon;
+#pragma unroll
   for (int k = 0; k < Count; ++k) codes[k] = select(zero, splat(0.f), minimum(codes[k], to_float(highest)));
   return select(zero, splat(0.f), ratio(sums));
 }
@@ -182,13 +201,14 @@ struct Signed {
   Float scale, inverse;  // code = clamp(round(inverse * x), -Half, Half - 1), as the search had it
 };
 
-inline Float signed_code(Float x, Float inverse, float half) {
+QUANTOOL_DEVICE Float signed_code(Float x, Float inverse, float half) {
   return clamp(rint(inverse * x), splat(-half), splat(half - 1));
 }
 
 template <int Count, int Half>
-inline Moments signed_moments(const Float* x, const Float* w, Float inverse, Float* codes) {
+QUANTOOL_DEVICE Moments signed_moments(const Float* x, const Float* w, Float inverse, Float* codes) {
   Moments sums = {splat(0.f), splat(0.f)};
+#pragma unroll
   for (int k = 0; k < Count; ++k) {
     const Float l = signed_code(x[k], inverse, Half);
     if (codes) codes[k] = l;
@@ -199,15 +219,16 @@ inline Moments signed_moments(const Float* x, const Float* w, Float inverse, Flo
 }
 
 template <int Count, int Half>
-Signed search_signed(const Float* x, const Float* w) {
+QUANTOOL_DEVICE Signed search_signed(const Float* x, const Float* w) {
   const Float max = signed_max<Count>(x);
   Signed best = {splat(0.f), -float(Half) / max};
   Moments sums = signed_moments<Count, Half>(x, w, best.inverse, nullptr);
   best.scale = select(sums.wll != 0.f, sums.wxl / sums.wll, splat(0.f));
   Float gain = best.scale * sums.wxl;
+#pragma unroll 1
   for (int i = -9; i <= 9; ++i) {
     if (i == 0) continue;
-    const Float inverse = -(Half + 0.1f * i) / max;
+    const Float inverse = -after_steps(Half, 0.1f, i) / max;
     sums = signed_moments<Count, Half>(x, w, inverse, nullptr);
     const Int better = (sums.wll > 0.f) & (sums.wxl * sums.wxl > gain * sums.wll);
     best.inverse = select(better, inverse, best.inverse);
@@ -220,13 +241,15 @@ Signed search_signed(const Float* x, const Float* w) {
 
 // `Chains` sub-blocks, one after another in x and codes; without importance their weights are w = x^2.
 template <int Count, int Half, int Chains>
-void descend_signed(const Float* x, const Float* w, Float* codes, Float* scales) {
+QUANTOOL_DEVICE void descend_signed(const Float* x, const Float* w, Float* codes, Float* scales) {
   Moments sums[Chains];
+#pragma unroll
   for (int c = 0; c < Chains; ++c) {
     const int i = c * Count;
     sums[c] = signed_moments<Count, Half>(x + i, w + i, -float(Half) / signed_max<Count>(x + i), codes + i);
   }
   descend<Count, Chains, false>(x, w, codes, sums, -Half, Half - 1);
+#pragma unroll
   for (int c = 0; c < Chains; ++c)
     scales[c] = select(absolute(signed_max<Count>(x + c * Count)) < Epsilon, splat(0.f), ratio(sums[c]));
 }

@@ -7,8 +7,14 @@
 //
 // Each lane then sees the operations of the scalar algorithm, in its order; `if` becomes `select`. GCC's vector types
 // compile to AVX-512, AVX2, SSE2 or NEON alike. Compile with -ffp-contract=off: a fused multiply-add rounds once less.
+// On CUDA a thread is the lane (lanes_cuda.h): what is written with these names runs on both and gives the same bits.
 
 #pragma once
+
+#if defined(QUANTOOL_DEVICE)  // by cuda/device.cuh
+#include "lanes_cuda.h"
+#else
+#define QUANTOOL_DEVICE inline
 
 #include <algorithm>
 #include <cstdint>
@@ -69,39 +75,9 @@ inline bool any(Int mask) {
   return all != 0;
 }
 
-constexpr float Magic = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest integer, ties to even, in the last bits
-
-// The nearest integer, ties to even, for |v| < 2^22.
-inline Float rint(Float v) { return (v + Magic) - Magic; }
-// The same as an integer, and beyond 2^22 the bits that ggml's nearest_int would give.
-inline Int nearest(Float v) { return (bits(v + Magic) & 0x007fffff) - 0x00400000; }
-
 inline Float sqrt(Float v) {
   for (int lane = 0; lane < Lanes; ++lane) v[lane] = __builtin_sqrtf(v[lane]);
   return v;
-}
-
-// float16, nearest, ties to even, as its 16 bits; 65520 and above is infinite.
-inline Int to_half(Float v) {
-  const Int sign = (bits(v) >> 16) & 0x8000, magnitude = bits(v) & 0x7fffffff;
-  const Int normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112 << 23)) >> 13;
-  const Int subnormal = bits(from_bits(magnitude) + 0.5f) - 0x3f000000;  // the last bit of 0.5f is worth 2^-24
-  const Int overflow = select(magnitude > 0x7f800000, splat(0x7e00), splat(0x7c00));
-  return sign | select(magnitude >= 0x47800000, overflow, select(magnitude < 0x38800000, subnormal, normal));
-}
-
-inline Float from_half(Int half) {
-  const Int sign = (half & 0x8000) << 16, magnitude = half & 0x7fff;
-  const Int subnormal = bits(to_float(magnitude) * 0x1p-24f);
-  const Int normal = (magnitude << 13) + select(magnitude >= 0x7c00, splat(224 << 23), splat(112 << 23));
-  return from_bits(sign | select(magnitude < 0x400, subnormal, normal));
-}
-
-inline Float round_to_half(Float v) { return from_half(to_half(v)); }
-
-// The nearest float16 that is finite; 0 for NaN.
-inline Float finite_half(Float v) {
-  return round_to_half(clamp(select(v == v, v, splat(0.f)), splat(-65504.f), splat(65504.f)));
 }
 
 // tile[k][lane] = source[lane][k] for k < count.
@@ -113,10 +89,47 @@ inline void load_transposed(const float* const* source, int64_t count, Float* ti
       for (int64_t k = start; k < std::min(start + Line, count); ++k) out[k * Lanes + lane] = source[lane][k];
 }
 
+}  // namespace lanes
+
+#endif
+
+namespace lanes {
+
+constexpr float Magic = 12582912.f;  // 1.5 * 2^23: adding it leaves the nearest integer, ties to even, in the last bits
+
+// The nearest integer, ties to even, for |v| < 2^22.
+QUANTOOL_DEVICE Float rint(Float v) { return (v + Magic) - Magic; }
+// The same as an integer, and beyond 2^22 the bits that ggml's nearest_int would give.
+QUANTOOL_DEVICE Int nearest(Float v) { return (bits(v + Magic) & 0x007fffff) - 0x00400000; }
+
+// float16, nearest, ties to even, as its 16 bits; 65520 and above is infinite.
+QUANTOOL_DEVICE Int to_half(Float v) {
+  const Int sign = (bits(v) >> 16) & 0x8000, magnitude = bits(v) & 0x7fffffff;
+  const Int normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  const Int subnormal = bits(from_bits(magnitude) + 0.5f) - 0x3f000000;  // the last bit of 0.5f is worth 2^-24
+  const Int overflow = select(magnitude > 0x7f800000, splat(0x7e00), splat(0x7c00));
+  return sign | select(magnitude >= 0x47800000, overflow, select(magnitude < 0x38800000, subnormal, normal));
+}
+
+QUANTOOL_DEVICE Float from_half(Int half) {
+  const Int sign = (half & 0x8000) << 16, magnitude = half & 0x7fff;
+  const Int subnormal = bits(to_float(magnitude) * 0x1p-24f);
+  const Int normal = (magnitude << 13) + select(magnitude >= 0x7c00, splat(224 << 23), splat(112 << 23));
+  return from_bits(sign | select(magnitude < 0x400, subnormal, normal));
+}
+
+QUANTOOL_DEVICE Float round_to_half(Float v) { return from_half(to_half(v)); }
+
+// The nearest float16 that is finite; 0 for NaN.
+QUANTOOL_DEVICE Float finite_half(Float v) {
+  return round_to_half(clamp(select(v == v, v, splat(0.f)), splat(-65504.f), splat(65504.f)));
+}
+
 // The first of the x of largest magnitude, with its sign, in each lane.
 template <int Count>
-inline Float signed_max(const Float* x) {
+QUANTOOL_DEVICE Float signed_max(const Float* x) {
   Float max = splat(0.f), largest = splat(0.f);
+#pragma unroll
   for (int k = 0; k < Count; ++k) {
     const Float magnitude = absolute(x[k]);
     const Int larger = magnitude > largest;

@@ -222,10 +222,8 @@ inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
   const uint64_t both = (uint64_t)y << 32 | x;
   uint32_t out = 0;
   for (int i = 0; i < 4; i++) {
-    const uint32_t s = selector >> (4 * i) & 15;
-    uint32_t byte = (uint32_t)(both >> (8 * (s & 7))) & 0xff;
-    if (s & 8) byte = byte & 0x80 ? 0xff : 0;
-    out |= byte << (8 * i);
+    const uint32_t s = selector >> (4 * i) & 7;  // nvcc clears the fourth bit, which PTX's prmt would look at
+    out |= ((uint32_t)(both >> (8 * s)) & 0xff) << (8 * i);
   }
   return out;
 }

@@ -151,7 +151,7 @@ int launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_byte
   if (shared_bytes > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-    if (error != cudaSuccess) return (int)error;
+    if (error != cudaSuccess) return (int)cudaGetLastError();  // that error, or the next launch would find it
   }
   kernel<<<grid, block, shared_bytes, (cudaStream_t)stream>>>(static_cast<Parameters>(arguments)...);
   return (int)cudaGetLastError();

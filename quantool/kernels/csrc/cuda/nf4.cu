@@ -6,12 +6,12 @@ using namespace quantool;
 // weight [count] from codes uint8 [(count + 1) / 2] and absmax float32 [blocks]
 extern "C" int quantool_nf4_dequantize(const void* codes, const void* absmax, const void* table, void* weight,
                                        int64_t count, int64_t block_size, int64_t dtype, void* stream) {
-  if (block_size % 8 || dtype < 0 || dtype > 1) return -1;
+  if (block_size % 8 || block_size < 8 || count > (int64_t)1 << 34 || dtype < 0 || dtype > 1) return -1;
   const int64_t threads = (count + 7) / 8;
   return launch(dtype == 0 ? nf4_dequantize<BF16> : nf4_dequantize<FP16>,
                 dim3((threads + DEQUANTIZE_THREADS - 1) / DEQUANTIZE_THREADS), dim3(DEQUANTIZE_THREADS),
                 DEQUANTIZE_SHARED, stream, (const uint8_t*)codes, (const float*)absmax, (const float*)table,
-                (uint16_t*)weight, count, block_size);
+                (uint16_t*)weight, count, block_size / 8);
 }
 
 // block_size is 64, 128, 256, ..

@@ -12,17 +12,20 @@ namespace quantool {
 constexpr int DEQUANTIZE_THREADS = 256;
 constexpr int DEQUANTIZE_SHARED = 16 * sizeof(float);
 
-// A thread turns 4 bytes into 8 weights; the last may be fewer. block_size % 8 == 0.
+// A thread turns 4 bytes into 8 weights; the last may be fewer. block_size % 8 == 0, count <= 2^34: 64 bits are slow
+// to divide.
 template <class Float>
 __global__ void __launch_bounds__(DEQUANTIZE_THREADS)
     nf4_dequantize(const uint8_t* __restrict__ codes, const float* __restrict__ absmax,
-                   const float* __restrict__ table, uint16_t* __restrict__ weight, int64_t count, int block_size) {
+                   const float* __restrict__ table, uint16_t* __restrict__ weight, int64_t count,
+                   uint32_t eights_of_block) {
   float* levels = reinterpret_cast<float*>(shared_memory());
   if (threadIdx.x < 16) levels[threadIdx.x] = table[threadIdx.x];
   __syncthreads();
-  const int64_t first = 8 * ((int64_t)blockIdx.x * DEQUANTIZE_THREADS + threadIdx.x);
+  const uint32_t eight = blockIdx.x * DEQUANTIZE_THREADS + threadIdx.x;
+  const int64_t first = 8 * (int64_t)eight;
   if (first >= count) return;
-  const float scale = absmax[first / block_size];
+  const float scale = absmax[eight / eights_of_block];
   const auto pair = [&](uint32_t byte) {
     return Float::pair(__fmul_rn(levels[byte >> 4 & 15], scale), __fmul_rn(levels[byte & 15], scale));
   };
@@ -42,42 +45,33 @@ constexpr int GEMV_ROWS = 16;     // of a block
 constexpr int GEMV_TOKENS = 8;    // at most
 constexpr int GEMV_COLUMNS = 64;  // that a warp takes at once: in one block of absmax, in every row
 constexpr int GEMV_AHEAD = 4;     // times that it loads before it computes
-constexpr int GEMV_SHARED = GEMV_WARPS * GEMV_ROWS * GEMV_TOKENS * sizeof(float);
 
-// 16 levels as 16-bit floats in registers: words 0 to 3 have their low bytes, 4 to 7 their high bytes.
-struct Levels {
-  uint32_t bytes[8];
-};
+// The two levels of every byte as a pair of 16-bit floats, in shared memory. Every lane has a copy of the 256 pairs in a
+// bank of its own, so that 32 look-ups take one cycle: a byte costs a shift, a LOP3 and a load, where to permute the
+// bytes of levels in registers costs four instructions a code, more than an H200 has time for.
+//
+//   byte 0: lane 0, lane 1, .. lane 31  |  byte 1: lane 0, ..                   128 bytes each
+constexpr int PAIRS_SHARED = 256 * 128;
+constexpr int GEMV_SHARED = PAIRS_SHARED;  // and in the end the sums
+static_assert(GEMV_WARPS * GEMV_ROWS * GEMV_TOKENS * sizeof(float) <= GEMV_SHARED, "the sums have room");
 
-// Of every eight lanes each makes a word. (Were all words made by one lane, the compiler would keep them in uniform
-// registers, and copy them for every __byte_perm, which takes at most one.)
 template <class Float>
-QUANTOOL_DEVICE Levels load_levels(const float* table) {
-  const int word = threadIdx.x % 8;
-  table += word % 4 * 4;
-  const uint32_t first = Float::pair(table[0], table[1]), second = Float::pair(table[2], table[3]);
-  const uint32_t mine = __byte_perm(first, second, word < 4 ? 0x6420 : 0x7531);
-  Levels levels;
+QUANTOOL_DEVICE void write_pairs(uint8_t* pairs, const float* table) {
+  for (int byte = threadIdx.x; byte < 256; byte += blockDim.x) {
+    const uint32_t pair = Float::pair(table[byte >> 4], table[byte & 15]);  // the first code is the high half
+    uint4* copies = reinterpret_cast<uint4*>(pairs + 128 * byte);
 #pragma unroll
-  for (int i = 0; i < 8; i++) levels.bytes[i] = __shfl_sync(0xffffffffu, mine, (threadIdx.x & 24) + i);
-  return levels;
+    for (int i = 0; i < 8; i++) copies[(i + byte) % 8] = make_uint4(pair, pair, pair, pair);  // eight lanes, all banks
+  }
 }
 
-// The levels of 8 codes in the order of memory, as four pairs. A permutation of bytes looks up four codes at once, once
-// among the levels 0 to 7 and once among 8 to 15; their highest bits choose between the two.
-QUANTOOL_DEVICE void look_up(const Levels& levels, uint32_t codes, uint32_t (&pairs)[4]) {
-  const uint32_t which = codes & 0x77777777u, choose = and_or(codes >> 1, 0x44444444u, 0x32103210u);
+// The levels of 8 codes in the order of memory, as four pairs.
+QUANTOOL_DEVICE void look_up(const uint8_t* pairs, uint32_t codes, uint32_t (&found)[4]) {
+  const uint32_t mine = threadIdx.x % 32 * 4;
 #pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const uint32_t four = which >> (16 * half), high = choose >> (16 * half);
-    uint32_t bytes[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const uint32_t* of = levels.bytes + 4 * i;
-      bytes[i] = __byte_perm(__byte_perm(of[0], of[1], four), __byte_perm(of[2], of[3], four), high);
-    }
-    pairs[2 * half] = __byte_perm(bytes[0], bytes[1], 0x4051);  // the first code of a byte is its high half
-    pairs[2 * half + 1] = __byte_perm(bytes[0], bytes[1], 0x6273);
+  for (int i = 0; i < 4; i++) {
+    const uint32_t shifted = i ? codes >> (8 * i - 7) : codes << 7;  // 128 times byte i
+    found[i] = *reinterpret_cast<const uint32_t*>(pairs + and_or(shifted, 0x7F80u, mine));
   }
 }
 
@@ -96,7 +90,9 @@ __global__ void __launch_bounds__(32 * GEMV_WARPS)
   const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const int row = blockIdx.x * GEMV_ROWS + 2 * g, steps = columns / GEMV_COLUMNS, blocks = steps >> block_shift;
   const int64_t line = row < rows ? row : 0;  // what is computed for rows and tokens that are none, is not stored
-  const Levels levels = load_levels<Float>(table);
+  uint8_t* pairs = shared_memory();
+  write_pairs<Float>(pairs, table);
+  __syncthreads();
   x += (int64_t)(g < tokens ? g : 0) * (columns / 8) + 2 * t;
   codes += line * (columns / 16) + t;
   absmax += line * blocks;
@@ -109,8 +105,8 @@ __global__ void __launch_bounds__(32 * GEMV_WARPS)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       uint32_t a[4], b[4];
-      look_up(levels, half ? even.y : even.x, a);
-      look_up(levels, half ? odd.y : odd.x, b);
+      look_up(pairs, half ? even.y : even.x, a);
+      look_up(pairs, half ? odd.y : odd.x, b);
       const uint32_t v0[4] = {a[0], b[0], a[1], b[1]}, v1[4] = {a[2], b[2], a[3], b[3]};
       Float::mma(d, v0, values[half].x, values[half].y);
       Float::mma(d, v1, values[half].z, values[half].w);
@@ -132,7 +128,8 @@ __global__ void __launch_bounds__(32 * GEMV_WARPS)
   for (; step < steps; step += GEMV_WARPS) multiply(step, codes[4 * step], codes[4 * step + columns / 16]);
 
   // the sums of the warps, in order: [warp][token][row]
-  float* sums = reinterpret_cast<float*>(shared_memory());
+  __syncthreads();
+  float* sums = reinterpret_cast<float*>(pairs);
 #pragma unroll
   for (int i = 0; i < 4; i++)
     sums[(warp * GEMV_TOKENS + 2 * t + i % 2) * GEMV_ROWS + 2 * g + i / 2] = sum[i];

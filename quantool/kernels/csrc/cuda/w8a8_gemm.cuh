@@ -82,8 +82,8 @@ __global__ void __launch_bounds__(Tile::THREADS)
   const int group = threadIdx.x / Tile::GROUP, warp = threadIdx.x % Tile::GROUP / 32;
   const int warp_row = warp % Tile::WARPS_N * (16 * NI), warp_token = warp / Tile::WARPS_N * (8 * MJ);
   const int first_row = blockIdx.y * ROWS, first_token = blockIdx.x * TOKENS;
-  const int all = (columns + Tile::DEPTH - 1) / Tile::DEPTH;
-  const int begin = (int64_t)all * blockIdx.z / gridDim.z, end = (int64_t)all * (blockIdx.z + 1) / gridDim.z;
+  const unsigned all = (columns + Tile::DEPTH - 1) / Tile::DEPTH;  // at most 2^11, of at most 2^16 splits
+  const int begin = all * blockIdx.z / gridDim.z, end = all * (blockIdx.z + 1) / gridDim.z;
   const SlabCopy<ROWS, Tile> copy_weight(weight, first_row, rows, columns);
   const SlabCopy<TOKENS, Tile> copy_codes(codes, first_token, tokens, columns);
 

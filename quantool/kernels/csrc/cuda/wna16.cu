@@ -30,10 +30,10 @@ extern "C" int quantool_wna16_dequantize(const void* tiles, const void* scales, 
                                          int64_t rows, int64_t columns, int64_t group, int64_t bits, int64_t dtype,
                                          int64_t scale_dtype, void* stream) {
   if (!fits(1, rows, columns, group, 1, nullptr)) return -1;
-  const Wna16 p = problem(nullptr, tiles, scales, zeros, nullptr, w, nullptr, 1, rows, columns, group, 1);
+  const Wna16 p = problem(nullptr, tiles, scales, zeros, nullptr, nullptr, nullptr, 1, rows, columns, group, 1);
   const int64_t blocks = (rows / TILE_ROWS * (columns / TILE_COLUMNS) + 7) / 8;
-  if (blocks > INT32_MAX) return -1;
+  if (blocks >= (int64_t)1 << 29) return -1;
   return for_bits(p, bits, dtype, scale_dtype, [&](auto f) {
-    return launch(wna16_dequantize<decltype(f)>, dim3((unsigned)blocks), dim3(256), 0, stream, p);
+    return launch(wna16_dequantize<decltype(f)>, dim3((unsigned)blocks), dim3(256), 0, stream, p, (uint4*)w);
   });
 }

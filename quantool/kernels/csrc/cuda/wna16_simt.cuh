@@ -50,23 +50,24 @@ __global__ void __launch_bounds__(128) wna16_simt(const Wna16 p) {
   }
 }
 
-// W [rows, columns] in 16 bits, rounded once. A warp to a tile; of every row, four lanes write 64 bytes at a time.
+// W [rows, columns] in 16 bits, rounded once. A warp to a tile; of every row, four lanes write 64 bytes at a time. `w`
+// is no part of p, so that __restrict__ lets loads pass stores. Fewer than 2^32 tiles: 64 bits are slow to divide.
 template <class F>
-__global__ void __launch_bounds__(256) wna16_dequantize(const Wna16 p) {
+__global__ void __launch_bounds__(256) wna16_dequantize(const Wna16 p, uint4* __restrict__ w) {
   using T = typename F::T;
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, tiles = p.columns / TILE_COLUMNS;
-  const int64_t at = (int64_t)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const uint32_t at = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, tiles = p.columns / TILE_COLUMNS;
   const int row_tile = (int)(at / tiles), tile = (int)(at % tiles);
   if (row_tile >= p.rows / TILE_ROWS) return;
 #pragma unroll
   for (int upper = 0; upper < 2; upper++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      float w[8];
-      tile_weights<F>(w, p, row_tile, tile, half, upper);
+      float v[8];
+      tile_weights<F>(v, p, row_tile, tile, half, upper);
       const int64_t row = (int64_t)row_tile * TILE_ROWS + g + 8 * upper;
-      static_cast<uint4*>(p.y)[row * (p.columns / 8) + tile * 8 + half * 4 + t] =
-          make_uint4(T::pair(w[0], w[1]), T::pair(w[2], w[3]), T::pair(w[4], w[5]), T::pair(w[6], w[7]));
+      w[row * (p.columns / 8) + tile * 8 + half * 4 + t] =
+          make_uint4(T::pair(v[0], v[1]), T::pair(v[2], v[3]), T::pair(v[4], v[5]), T::pair(v[6], v[7]));
     }
 }
 

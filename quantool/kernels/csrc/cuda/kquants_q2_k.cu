@@ -1,0 +1,4 @@
+// Q2_K: see kquants.cuh; a file of its own, for it takes long to compile.
+#include "kquants.cuh"
+
+QUANTOOL_QUANTIZE(q2_k, Q2K)

@@ -1,0 +1,4 @@
+// Q4_K: see kquants.cuh; a file of its own, for it takes long to compile.
+#include "kquants.cuh"
+
+QUANTOOL_QUANTIZE(q4_k, Q4K)
