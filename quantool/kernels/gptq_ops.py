@@ -3,13 +3,19 @@
 A row of a weight knows nothing of the others, and a column is rounded after all columns before it: the compiled kernels
 (csrc/) keep some rows in the lanes of their vectors and walk over the columns of one block. What a block does to the
 columns after it is a matrix product, and the caller's.
+
+On CUDA (csrc/cuda/gptq.cuh) a row lies in the registers of eight threads, which a block of up to 128 columns fits into;
+a wider one is left to torch. Nothing waits for the GPU there: shapes are checked as everywhere, but a group that is not
+there is found by the kernel, which takes its scale for NaN.
 """
 
 import ctypes
 
 import torch
 
-from quantool.kernels import compiled
+from quantool.kernels import compiled, cuda
+
+WIDEST = 128  # columns of a block on CUDA
 
 
 def gptq_columns_reference(
@@ -30,6 +36,7 @@ def gptq_columns_reference(
     This is the oracle of the compiled kernels (csrc/gptq.cpp), and what computes where there are none.
     """
     _require_columns(weight, hinv, scales, zeros, groups, max_code)
+    _require_groups(groups, scales)
     columns = weight.T.clone(memory_format=torch.contiguous_format)  # [B, N]: a column's rows lie side by side
     codes = torch.empty_like(columns)
     steps, shifts = scales.T[groups], zeros.T[groups]
@@ -57,6 +64,7 @@ def _(
     if library is None:
         return gptq_columns_reference(weight, hinv, scales, zeros, groups, max_code)
     _require_columns(weight, hinv, scales, zeros, groups, max_code)
+    _require_groups(groups, scales)
     rows, columns = weight.shape
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     factor, scales, zeros, groups = hinv.T.contiguous(), scales.contiguous(), zeros.contiguous(), groups.contiguous()
@@ -79,6 +87,27 @@ def _(
     )
     if failed:
         raise RuntimeError("quantool::gptq_columns: torch's thread pool failed")
+    return codes.T, errors.T
+
+
+@gptq_columns.register_kernel("cuda")
+def gptq_columns_cuda(
+    weight: torch.Tensor,
+    hinv: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    groups: torch.Tensor,
+    max_code: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`gptq_columns` by the compiled kernel."""
+    _require_columns(weight, hinv, scales, zeros, groups, max_code)
+    rows, columns = weight.shape
+    if columns > WIDEST or not cuda.is_available():
+        return gptq_columns_reference(weight, hinv, scales, zeros, groups, max_code)
+    codes = weight.new_empty(columns, rows, dtype=torch.uint8)
+    errors = weight.new_empty(columns, rows)
+    tensors = [cuda.aligned(tensor) for tensor in (weight, _padded(hinv), scales, zeros, groups)]
+    cuda.call("quantool_gptq_columns_cuda", *tensors, codes, errors, rows, columns, scales.shape[1], max_code)
     return codes.T, errors.T
 
 
@@ -113,6 +142,7 @@ def descend_columns_reference(
     This is the oracle of the compiled kernel (csrc/gptq.cpp), and what computes where there is none.
     """
     _require_descent(gradient, hessian, scales, groups, codes, max_code)
+    _require_groups(groups, scales)
     columns = gradient.T.clone(memory_format=torch.contiguous_format)  # [B, N]
     new = codes.T.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     steps, diagonal = scales.T[groups], hessian.diagonal()
@@ -142,6 +172,7 @@ def _(
     if library is None:
         return descend_columns_reference(gradient, hessian, scales, groups, codes, max_code)
     _require_descent(gradient, hessian, scales, groups, codes, max_code)
+    _require_groups(groups, scales)
     rows, columns = gradient.shape
     gradient = gradient if gradient.stride(1) == 1 else gradient.contiguous()
     factor, scales, groups = hessian.T.contiguous(), scales.contiguous(), groups.contiguous()
@@ -166,6 +197,27 @@ def _(
     return new.T, moves.T
 
 
+@descend_columns.register_kernel("cuda")
+def descend_columns_cuda(
+    gradient: torch.Tensor,
+    hessian: torch.Tensor,
+    scales: torch.Tensor,
+    groups: torch.Tensor,
+    codes: torch.Tensor,
+    max_code: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`descend_columns` by the compiled kernel."""
+    _require_descent(gradient, hessian, scales, groups, codes, max_code)
+    rows, columns = gradient.shape
+    if columns > WIDEST or not cuda.is_available():
+        return descend_columns_reference(gradient, hessian, scales, groups, codes, max_code)
+    new = codes.new_empty(columns, rows)
+    moves = gradient.new_empty(columns, rows)
+    tensors = [cuda.aligned(tensor) for tensor in (gradient, _padded(hessian), scales, groups, codes)]
+    cuda.call("quantool_descend_columns_cuda", *tensors, new, moves, rows, columns, scales.shape[1], max_code)
+    return new.T, moves.T
+
+
 @descend_columns.register_fake
 def _(
     gradient: torch.Tensor,
@@ -179,6 +231,11 @@ def _(
     return codes.new_empty(columns, rows).T, gradient.new_empty(columns, rows).T
 
 
+def _padded(factor: torch.Tensor) -> torch.Tensor:
+    """F [B, B] as the kernels on CUDA read it, [B, WIDEST]."""
+    return torch.nn.functional.pad(factor, (0, WIDEST - len(factor)))
+
+
 def _require_descent(
     gradient: torch.Tensor,
     hessian: torch.Tensor,
@@ -190,8 +247,7 @@ def _require_descent(
     """Raise ValueError when the arguments of `descend_columns` do not fit."""
     _require_columns(gradient, hessian, scales, scales, groups, max_code)
     if codes.shape != gradient.shape or codes.dtype != torch.uint8 or codes.device != gradient.device:
-        found = f"{str(codes.dtype).removeprefix('torch.')} {list(codes.shape)}"
-        raise ValueError(f"codes do not fit the gradient {list(gradient.shape)}: {found}")
+        raise ValueError(f"codes do not fit the gradient {list(gradient.shape)}: {cuda.described(codes)}")
 
 
 def _require_columns(
@@ -213,9 +269,14 @@ def _require_columns(
         or groups.dtype != torch.int32
         or any(tensor.device != weight.device for tensor in (*floats, groups))
     ):
-        found = ", ".join(f"{str(t.dtype).removeprefix('torch.')} {list(t.shape)}" for t in (*floats, groups))
+        found = ", ".join(cuda.described(tensor) for tensor in (*floats, groups))
         raise ValueError(f"weight, hinv, scales, zeros, groups do not fit each other: {found}")
-    if columns and not 0 <= int(groups.min()) <= int(groups.max()) < count:
-        raise ValueError(f"groups are {int(groups.min())} to {int(groups.max())}, expected 0 to {count - 1}")
     if not 0 < max_code < 256:
         raise ValueError(f"max_code is {max_code}, expected 1 to 255")
+
+
+def _require_groups(groups: torch.Tensor, scales: torch.Tensor) -> None:
+    """Raise ValueError when a group has no scale."""
+    count = scales.shape[1]
+    if len(groups) and not 0 <= int(groups.min()) <= int(groups.max()) < count:
+        raise ValueError(f"groups are {int(groups.min())} to {int(groups.max())}, expected 0 to {count - 1}")

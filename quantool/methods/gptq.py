@@ -219,7 +219,8 @@ def _inverse(R: torch.Tensor) -> torch.Tensor:
     """Inverse of an upper triangular matrix by halves, whose work is in products: torch has no routine of its own."""
     size = len(R)
     if size <= 64:
-        small: torch.Tensor = torch.linalg.solve_triangular(R, torch.eye(size).to(R), upper=True)
+        identity = torch.eye(size, dtype=R.dtype, device=R.device)
+        small: torch.Tensor = torch.linalg.solve_triangular(R, identity, upper=True)
         return small
     half = size // 2
     out = torch.zeros_like(R)
