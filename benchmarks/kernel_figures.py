@@ -43,8 +43,8 @@ LARGE = tuple(shape for shape in SHAPES if shape.weights >= 58_000_000)
 SQUARE = tuple(shape for shape in SHAPES if shape.rows == shape.columns == 4096)
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 1024)
 
-# Kernels that a figure names
-BF16, W4A16, INT4PACK = "bf16", "w4a16", "int4pack"
+BF16, W4A16, W8A8, LLM_INT8, NF4 = "bf16", "w4a16", "w8a8", "llm-int8", "nf4"
+INT4PACK, INT_MM, MARLIN, HUMMING, BITSANDBYTES = "int4pack", "int_mm", "marlin", "humming", "bitsandbytes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +106,19 @@ def growth(kernel: str, tokens: int, own: int) -> Callable[[Measured, Shape], fl
 
 
 FIGURES = (
-    Figure("M=1, at least 58M weights, over bf16 F.linear", speed(W4A16, 1, BF16), 3.2, 2.6, LARGE),
+    Figure("W4A16, M=1, at least 58M weights, over bf16 F.linear", speed(W4A16, 1, BF16), 3.2, 2.6, LARGE),
     Figure("the same, share of the measured copy bandwidth", share(W4A16, 1), 0.80, 0.65, LARGE, unit="%"),
-    Figure("M=1, 4096x4096, over bf16 F.linear", speed(W4A16, 1, BF16), 2.3, 1.7, SQUARE),
-    Figure("M=8 time over own M=1 time (less is better)", growth(W4A16, 8, 1), 1.10, 1.4, less_is_better=True),
-    Figure("M=1 over aten::_weight_int4pack_mm", speed(W4A16, 1, INT4PACK), 1.3, 1.0),
-    Figure("M=8 over aten::_weight_int4pack_mm", speed(W4A16, 8, INT4PACK), 2.5, 1.5),
-    Figure("M=32 over aten::_weight_int4pack_mm", speed(W4A16, 32, INT4PACK), 5, 3),
-    Figure("M=1024 over bf16 F.linear", speed(W4A16, 1024, BF16), 0.82, 0.7),
+    Figure("W4A16, M=1, 4096x4096, over bf16 F.linear", speed(W4A16, 1, BF16), 2.3, 1.7, SQUARE),
+    Figure("W4A16, M=8 time over own M=1 time (less is better)", growth(W4A16, 8, 1), 1.10, 1.4, less_is_better=True),
+    Figure("W4A16, M=1, over aten::_weight_int4pack_mm", speed(W4A16, 1, INT4PACK), 1.3, 1.0),
+    Figure("W4A16, M=8, over aten::_weight_int4pack_mm", speed(W4A16, 8, INT4PACK), 2.5, 1.5),
+    Figure("W4A16, M=32, over aten::_weight_int4pack_mm", speed(W4A16, 32, INT4PACK), 5, 3),
+    Figure("W4A16, M=1024, over bf16 F.linear", speed(W4A16, 1024, BF16), 0.82, 0.7),
+    Figure("W8A8, M=64, over bf16 F.linear", speed(W8A8, 64, BF16), 1.5, 1.2),
+    Figure("W8A8, M=1024, over bf16 F.linear", speed(W8A8, 1024, BF16), 1.4, 1.1),
+    Figure("NF4, M=1, at least 58M weights, over bf16 F.linear", speed(NF4, 1, BF16), 2.6, 1.8, LARGE),
+    Figure("LLM.int8(), M=1, over bf16 F.linear", speed(LLM_INT8, 1, BF16), 1.0, 0.7),
+    Figure("LLM.int8(), M=64, over bf16 F.linear", speed(LLM_INT8, 64, BF16), 1.0, 0.7),
 )
 
 
@@ -152,17 +157,20 @@ def figure_table(judged: Sequence[Reached]) -> Table:
     return header, lines
 
 
-def timing_table(measured: Measured, kernels: Sequence[str], others: Sequence[str]) -> Table:
-    """Times of some kernels, and how many times faster they are than the others."""
+def timing_table(measured: Measured, kernels: Mapping[str, Sequence[str]]) -> Table:
+    """Times of some kernels, and how many times faster they are than those that each is compared with."""
+    seen = {name for _, _, name in measured.timings}
+    others = list(dict.fromkeys(other for beside in kernels.values() for other in beside if other in seen))
     header = ("kernel", "shape", "NxK", "M", "us", "+-", "of copy", *(f"over {other}" for other in others))
     lines = []
-    for kernel, shape, tokens in product(kernels, SHAPES, TOKENS):
+    for kernel, shape, tokens in product(kernels, SHAPES, sorted({tokens for _, tokens, _ in measured.timings})):
         if (timing := measured.timings.get((shape, tokens, kernel))) is None:
             continue
-        ratios = [in_unit(measured.speed(shape, tokens, kernel, other), "x") for other in others]
+        speeds = (measured.speed(shape, tokens, kernel, o) if o in kernels[kernel] else math.nan for o in others)
         time = (f"{1e6 * timing.seconds:.1f}", f"{100 * timing.noise:.1f}%")
         share = in_unit(measured.share(shape, tokens, kernel), "%")
-        lines.append((kernel, shape.name, f"{shape.rows}x{shape.columns}", str(tokens), *time, share, *ratios))
+        place = (kernel, shape.name, f"{shape.rows}x{shape.columns}", str(tokens))
+        lines.append((*place, *time, share, *(in_unit(speed, "x") for speed in speeds)))
     return header, lines
 
 
