@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ON_GPU = PYTHONPATH=. $(or $(wildcard $(BIN)/python),$(PYTHON))
-.PHONY: setup demo kernels check-kernels test test-gpu lint fmt docs bench bench-gpu clean
+.PHONY: setup demo kernels check-kernels test test-gpu lint fmt docs bench bench-gpu bench-convert clean
 
 setup: .venv/installed  ## .venv with torch, quantool (editable) and the tools of a developer
 
@@ -46,6 +46,11 @@ test-gpu:  ## the tests that need a GPU, on that of this machine; .venv or $(PYT
 
 bench-gpu:  ## the CUDA kernels beside bf16 and others, on the GPU of this machine; .venv or $(PYTHON), no network
 	$(ON_GPU) benchmarks/kernels.py
+
+bench-convert:  ## encoders, GPTQ's loop, and an 8B checkpoint to W4 g128 and Q4_K_M (32 GB of disk in build/)
+	$(ON_GPU) benchmarks/encode.py
+	$(ON_GPU) benchmarks/gptq_loop.py
+	$(ON_GPU) benchmarks/convert.py
 
 clean:  ## back to a fresh clone
 	rm -rf .venv build demo quantool/kernels/prebuilt *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -10,6 +10,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported: no 
 # MKL's matrix products differ in their last bit with the address of a matrix; on one code path they do not, and two
 # networks with the same weights have the same logits.
 os.environ["MKL_CBWR"] = "AVX2"
+# Read at the first matrix product on a GPU and never again: without it torch refuses those of tests that ask for
+# deterministic algorithms.
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
 import itertools
 import json

@@ -65,6 +65,8 @@ RESULTS: dict[str, dict[str, Any]] = {
         "peak_memory_bytes": 900_000_000,
         "plan": [],
         "notes": ["group size 64: the largest of 128, 64, 32 that divides every row"],
+        "bound": None,
+        "busy_seconds": {},
     },
     "convert_gguf": {
         "output": "m-Q4_K_M.gguf",
@@ -83,6 +85,8 @@ RESULTS: dict[str, dict[str, Any]] = {
         "peak_memory_bytes": 500_000_000,
         "plan": [],
         "notes": ["rows of 576 are not whole Q4_K blocks"],
+        "bound": "disk",
+        "busy_seconds": {"reading": 11.5, "copying": 0.4, "computing": 6.2, "writing": 9.8},
     },
     "inspect": {
         "artifact": "m",
@@ -748,6 +752,7 @@ def test_tables(run: Callable[..., Outcome], stages: Stages) -> None:
         "note             group size 64: the largest of 128, 64, 32 that divides every row",
     ):
         assert f"{line}\n" in out
+    assert re.search(r"^time +12\.3 s, bound by disk$", run("convert-gguf", "m").out, re.MULTILINE)
     out = run("calibrate", "m").out
     assert re.search(r"^text +builtin, 32 windows of 512 tokens$", out, re.MULTILINE)
     assert re.search(r"^peak memory +2\.50 GB$", out, re.MULTILINE)

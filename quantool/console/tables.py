@@ -247,7 +247,8 @@ def _text(result: Record) -> str:
 
 
 def _cost(result: Record) -> list[tuple[str, str]]:
-    return [("time", duration(result["seconds"])), ("peak memory", size(result["peak_memory_bytes"]))]
+    time = duration(result["seconds"]) + (f", bound by {bound}" if (bound := result.get("bound")) else "")
+    return [("time", time), ("peak memory", size(result["peak_memory_bytes"]))]
 
 
 def _shape(shape: Sequence[int]) -> str:

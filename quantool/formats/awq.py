@@ -89,7 +89,7 @@ def layout(
 def pack(q: QuantizedTensor) -> dict[str, torch.Tensor]:
     """Suffix -> tensor of a weight that `rejects` accepts; raises QuantoolError when it has a g_idx."""
     require_contiguous_groups(q, NAME)
-    zeros = torch.full(q.scales.shape, q.scheme.zero, dtype=torch.uint8) if q.zeros is None else q.zeros
+    zeros = torch.full_like(q.scales, q.scheme.zero, dtype=torch.uint8) if q.zeros is None else q.zeros
     return {
         "qweight": pack_awq(q.codes),
         "qzeros": pack_awq(zeros),

@@ -43,7 +43,7 @@ from quantool.formats.shared import (
 )
 from quantool.io import TensorInfo
 from quantool.kernels.ops import ABSMAX_BLOCK, LEVELS, dequantize_absmax, levels, pack_nibbles, unpack_nibbles
-from quantool.quant import DoubleQuant, QuantizedTensor
+from quantool.quant import DoubleQuant, QuantizedTensor, divide
 from quantool.scheme import PER_CHANNEL, QuantScheme
 
 NAME = "bitsandbytes"
@@ -158,7 +158,7 @@ def _absmax(scales: torch.Tensor) -> torch.Tensor:
     """
     product = scales.to(torch.float32) * STEPS
     half = product.to(torch.float16).to(torch.float32)
-    return torch.where(half / STEPS == scales, half, product)
+    return torch.where(divide(half, STEPS) == scales, half, product)
 
 
 def unpack(tensors: Mapping[str, torch.Tensor], scheme: QuantScheme) -> QuantizedTensor:
@@ -169,9 +169,9 @@ def unpack(tensors: Mapping[str, torch.Tensor], scheme: QuantScheme) -> Quantize
                 "tensor 'weight_format': expected 0 (rows), found the order of a GPU kernel", hint=FLOAT_CHECKPOINT
             )
         codes = (tensors["weight"].to(torch.int16) + scheme.zero).to(torch.uint8)
-        return QuantizedTensor(codes, tensors["SCB"].reshape(-1, 1) / STEPS, None, scheme)
+        return QuantizedTensor(codes, divide(tensors["SCB"].reshape(-1, 1), STEPS), None, scheme)
     state = _read_state(tensors, scheme)
-    if not torch.equal(tensors["weight.quant_map"], levels(scheme.dtype)):
+    if not torch.equal(tensors["weight.quant_map"].cpu(), levels(scheme.dtype)):
         raise QuantoolError(
             f"tensor 'weight.quant_map': expected the 16 levels of {scheme.dtype}, found others",
             hint=FLOAT_CHECKPOINT,
@@ -208,7 +208,7 @@ def _read_state(tensors: Mapping[str, torch.Tensor], scheme: QuantScheme | None)
     """
     suffix = next(suffix for suffix in tensors if suffix.startswith(STATE))
     try:
-        state = json.loads(bytes(tensors[suffix].numpy()).decode())
+        state = json.loads(bytes(tensors[suffix].cpu().numpy()).decode())
     except (ValueError, RecursionError) as error:
         raise QuantoolError(f"tensor '{suffix}': is not JSON: {error}", hint=EXPORT_AGAIN) from error
     nested = "weight.nested_absmax" in tensors

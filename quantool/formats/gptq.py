@@ -76,9 +76,9 @@ def layout(
 def pack(q: QuantizedTensor) -> dict[str, torch.Tensor]:
     """Suffix -> tensor of a weight that `rejects` accepts."""
     bits, columns = q.scheme.bits, q.codes.shape[1]
-    zeros = torch.full(q.scales.shape, q.scheme.zero, dtype=torch.uint8) if q.zeros is None else q.zeros
+    zeros = torch.full_like(q.scales, q.scheme.zero, dtype=torch.uint8) if q.zeros is None else q.zeros
     minus = 1 if written_version(q.scheme) == V1 else 0
-    in_order = torch.arange(columns, dtype=torch.int32) // q.scheme.width(columns)
+    in_order = torch.arange(columns, dtype=torch.int32, device=q.codes.device) // q.scheme.width(columns)
     return {
         "qweight": transposed(pack_bits(q.codes, bits)),
         "qzeros": pack_bits(zeros.t() - minus, bits),
@@ -131,6 +131,7 @@ def _check_symmetric(words: torch.Tensor, scheme: QuantScheme, rows: int) -> Non
 
 def _is_old_gptqmodel(words: torch.Tensor, scheme: QuantScheme) -> bool:
     """Whether 3-bit zeros are v1 as GPTQModel once made it of v2: zeros of 4 minus its constants."""
-    minus = torch.tensor([OLD_GPTQMODEL[i % 3] for i in range(words.shape[1])])
-    v2 = pack_bits(torch.full((1, words.shape[1] * WORD_BITS // 3), scheme.zero, dtype=torch.uint8), 3).to(torch.int64)
+    minus = torch.tensor([OLD_GPTQMODEL[i % 3] for i in range(words.shape[1])], device=words.device)
+    zeros = words.new_full((1, words.shape[1] * WORD_BITS // 3), scheme.zero, dtype=torch.uint8)
+    v2 = pack_bits(zeros, 3).to(torch.int64)
     return bool(((words - (v2 - minus)) % (1 << WORD_BITS) == 0).all())

@@ -16,6 +16,7 @@ import ctypes
 import torch
 
 from quantool.kernels import compiled, cuda
+from quantool.kernels.ops import operator
 
 
 def quantize(
@@ -53,10 +54,6 @@ def ggml_blocks_cpu(
     return blocks.to(weight.device)
 
 
-ggml_blocks = torch.library.custom_op("quantool::ggml_blocks", ggml_blocks_cpu, mutates_args=())
-
-
-@ggml_blocks.register_kernel("cuda")
 def ggml_blocks_cuda(
     weight: torch.Tensor, importance: torch.Tensor | None, name: str, row_bytes: int, exact: bool
 ) -> torch.Tensor:
@@ -74,9 +71,13 @@ def ggml_blocks_cuda(
     return blocks
 
 
-@ggml_blocks.register_fake
-def _(weight: torch.Tensor, importance: torch.Tensor | None, name: str, row_bytes: int, exact: bool) -> torch.Tensor:
+def _fake(
+    weight: torch.Tensor, importance: torch.Tensor | None, name: str, row_bytes: int, exact: bool
+) -> torch.Tensor:
     return weight.new_empty(weight.shape[0], row_bytes, dtype=torch.uint8)
+
+
+ggml_blocks = operator("ggml_blocks", ggml_blocks_cpu, _fake, cuda=ggml_blocks_cuda)
 
 
 def _require(weight: torch.Tensor, importance: torch.Tensor | None) -> None:

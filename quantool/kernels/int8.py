@@ -18,6 +18,7 @@ import torch
 
 from quantool.kernels import cuda, wna16
 from quantool.kernels.ops import (
+    LIBRARY,
     LLM_INT8_STEP,
     linear_llm_int8,
     linear_llm_int8_reference,
@@ -39,7 +40,6 @@ SPLIT_COLUMNS = 1024  # that a split of K should have at least: its pipeline fil
 SUM_LIMIT = 1 << 31  # of int32
 
 
-@linear_w8a8.register_kernel("cuda")
 def linear_w8a8_cuda(
     x: torch.Tensor,
     qweight: torch.Tensor,
@@ -71,7 +71,6 @@ def linear_w8a8_cuda(
     return _finish(codes, qweight, steps, zeros, scales, bias, y)
 
 
-@linear_llm_int8.register_kernel("cuda")
 def linear_llm_int8_cuda(
     x: torch.Tensor,
     qweight: torch.Tensor,
@@ -185,3 +184,7 @@ def _require(x: torch.Tensor, qweight: torch.Tensor, scales: torch.Tensor, bias:
         raise ValueError(f"scales are {cuda.described(scales)}, expected [{rows}, groups] of a float")
     if bias is not None and (bias.dtype not in DTYPES or bias.shape != (rows,)):
         raise ValueError(f"bias is {cuda.described(bias)}, expected [{rows}] of a float")
+
+
+LIBRARY.impl("linear_w8a8", linear_w8a8_cuda, "CUDA")
+LIBRARY.impl("linear_llm_int8", linear_llm_int8_cuda, "CUDA")

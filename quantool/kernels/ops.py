@@ -10,6 +10,9 @@ half: 12, 4, 7, 15 are 0xC4 0x7F. Each stands for one of 16 levels, and `block_s
 CUDA kernels register under the same schemas; a caller never asks which device it is on.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from quantool.kernels import compiled
@@ -29,6 +32,32 @@ LEVELS: dict[str, tuple[float, ...]] = {
 }
 ABSMAX_BLOCK = 256  # scales that share a second scale, in double quantization
 LLM_INT8_STEP = 6.200124e-05  # in bitsandbytes 0.50, functional on a CPU; 1 / 127^2 is 6.200012e-05
+
+Compute = Callable[..., torch.Tensor]
+LIBRARY = torch.library.Library("quantool", "FRAGMENT")
+
+
+def operator(
+    name: str, reference: Compute, fake: Compute, *, cpu: Compute | None = None, cuda: Compute | None = None
+) -> torch._ops.OpOverload:
+    """quantool::NAME: REFERENCE computes it where there is no kernel, FAKE gives the shape of the result.
+
+    What torch.library.custom_op does, without its part in autograd, 13 us a call that a token pays for every linear,
+    and without importing torch._dynamo at the first, which takes a second.
+    """
+    LIBRARY.define(name + torch.library.infer_schema(reference, mutates_args=()))
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"quantool::{name}", fake, lib=LIBRARY)
+    for key, kernel in (("CPU", cpu), ("CUDA", cuda)):
+        if kernel is not None:
+            LIBRARY.impl(name, kernel, key)
+    made: torch._ops.OpOverload = getattr(torch.ops.quantool, name).default
+    return made
+
+
+def _of_rows(x: torch.Tensor, qweight: torch.Tensor, *_: object) -> torch.Tensor:
+    """What a linear gives whose qweight has a row for each output."""
+    return x.new_empty(*x.shape[:-1], qweight.shape[0])
 
 
 def packed_words(count: int, bits: int) -> int:
@@ -149,11 +178,7 @@ def linear_wna16_reference(
     return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
 
 
-linear_wna16 = torch.library.custom_op("quantool::linear_wna16", linear_wna16_reference, mutates_args=())
-
-
-@linear_wna16.register_kernel("cpu")
-def _(
+def _linear_wna16_cpu(
     x: torch.Tensor,
     qweight: torch.Tensor,
     scales: torch.Tensor,
@@ -168,16 +193,7 @@ def _(
     return linear_rows(library, x, packed, bias)
 
 
-@linear_wna16.register_fake
-def _(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    bits: int,
-) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], qweight.shape[0])
+linear_wna16 = operator("linear_wna16", linear_wna16_reference, _of_rows, cpu=_linear_wna16_cpu)
 
 
 def _require_packed(
@@ -227,7 +243,7 @@ def linear_w8a8_reference(
     )
 
 
-linear_w8a8 = torch.library.custom_op("quantool::linear_w8a8", linear_w8a8_reference, mutates_args=())
+linear_w8a8 = operator("linear_w8a8", linear_w8a8_reference, _of_rows)
 
 
 def round_input(x: torch.Tensor, scale: torch.Tensor | None, zero: torch.Tensor | None, act_sym: bool) -> torch.Tensor:
@@ -249,17 +265,9 @@ def _step(span: torch.Tensor, steps: float) -> torch.Tensor:
     return (span / steps).masked_fill(span == 0, 1)
 
 
-@linear_w8a8.register_fake
-def _(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    input_scale: torch.Tensor | None,
-    input_zero: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    act_sym: bool,
-) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], qweight.shape[0])
+def _of_levels(x: torch.Tensor, *others: Any) -> torch.Tensor:
+    *_, rows, _ = others
+    return x.new_empty(*x.shape[:-1], rows)
 
 
 def linear_nf4_reference(
@@ -276,20 +284,7 @@ def linear_nf4_reference(
     return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
 
 
-linear_nf4 = torch.library.custom_op("quantool::linear_nf4", linear_nf4_reference, mutates_args=())
-
-
-@linear_nf4.register_fake
-def _(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    absmax: torch.Tensor,
-    table: torch.Tensor,
-    bias: torch.Tensor | None,
-    rows: int,
-    block_size: int,
-) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], rows)
+linear_nf4 = operator("linear_nf4", linear_nf4_reference, _of_levels)
 
 
 def linear_llm_int8_reference(
@@ -324,15 +319,4 @@ def linear_llm_int8_reference(
     return y.view(*x.shape[:-1], -1)
 
 
-linear_llm_int8 = torch.library.custom_op("quantool::linear_llm_int8", linear_llm_int8_reference, mutates_args=())
-
-
-@linear_llm_int8.register_fake
-def _(
-    x: torch.Tensor,
-    qweight: torch.Tensor,
-    scales: torch.Tensor,
-    bias: torch.Tensor | None,
-    threshold: float,
-) -> torch.Tensor:
-    return x.new_empty(*x.shape[:-1], qweight.shape[0])
+linear_llm_int8 = operator("linear_llm_int8", linear_llm_int8_reference, _of_rows)

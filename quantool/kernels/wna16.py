@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from quantool.kernels import cuda
-from quantool.kernels.ops import dequantize
+from quantool.kernels.ops import dequantize, operator
 from quantool.kernels.tiles import COLUMNS as TILE_COLUMNS
 from quantool.kernels.tiles import ROWS as TILE_ROWS
 from quantool.kernels.tiles import unpack_tiles, untile_rows
@@ -79,10 +79,6 @@ def linear_tiles_reference(
     return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
 
 
-linear_tiles = torch.library.custom_op("quantool::linear_tiles", linear_tiles_reference, mutates_args=())
-
-
-@linear_tiles.register_kernel("cuda")
 def linear_cuda(
     x: torch.Tensor,
     tiles: torch.Tensor,
@@ -118,16 +114,11 @@ def linear_cuda(
     return y
 
 
-@linear_tiles.register_fake
-def _(
-    x: torch.Tensor,
-    tiles: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    bits: int,
-) -> torch.Tensor:
+def _fake(x: torch.Tensor, tiles: torch.Tensor, *_: object) -> torch.Tensor:
     return x.new_empty(*x.shape[:-1], TILE_ROWS * tiles.shape[0])
+
+
+linear_tiles = operator("linear_tiles", linear_tiles_reference, _fake, cuda=linear_cuda)
 
 
 def _require(

@@ -12,8 +12,9 @@ backends/default/ops.py (int8_vectorwise_quant).
 import torch
 
 from quantool.errors import QuantoolError
-from quantool.methods.rtn import PIECE
-from quantool.quant import QuantizedTensor, RoundScales
+from quantool.methods.rtn import piece_of
+from quantool.model.memory import in_pieces
+from quantool.quant import QuantizedTensor, RoundScales, divide
 from quantool.scheme import MethodOptions, QuantScheme
 
 STEPS = 127
@@ -26,20 +27,21 @@ def quantize_weight(
 
     Raises QuantoolError for a value that float16 does not hold.
     """
-    codes = torch.empty(weight.shape, dtype=torch.uint8)
-    absmax = torch.empty(weight.shape[0], 1, dtype=torch.float32)
-    start = 0
-    for piece in weight.split(max(1, PIECE // weight.shape[1])):
-        end = start + piece.shape[0]
-        wide = piece.to(torch.float16).to(torch.float32)
+    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(weight.shape[0], 1, dtype=torch.float32, device=weight.device)
+
+    def fill(rows: slice) -> None:
+        wide = weight[rows].to(torch.float16).to(torch.float32)
         top = wide.abs().amax(1, keepdim=True)
         if not bool(torch.isfinite(top).all()):
-            raise _beyond_float16(piece, start)
+            raise _beyond_float16(weight[rows], rows.start)
         steps = (wide * (STEPS / top)).round_().masked_fill_(top == 0, 0)
-        codes[start:end] = steps.add_(scheme.zero).to(torch.uint8)
-        absmax[start:end] = top
-        start = end
-    return QuantizedTensor(codes, absmax / STEPS, None, scheme)
+        codes[rows] = steps.add_(scheme.zero).to(torch.uint8)
+        absmax[rows] = top
+
+    for _ in in_pieces("rows", len(weight), max(1, piece_of(weight) // weight.shape[1]), fill):
+        pass
+    return QuantizedTensor(codes, divide(absmax, STEPS), None, scheme)
 
 
 def _beyond_float16(piece: torch.Tensor, start: int) -> QuantoolError:

@@ -1,10 +1,6 @@
 r"""NF4 and FP4: every weight becomes the nearest of 16 levels times the largest magnitude of its block.
 
-With W flattened row by row and cut into blocks of `group_size` (they may cross rows, the last may be shorter):
-
-    absmax[b] = max |W| over block b        codes[i] = nearest(W[i] / absmax[b])        W[i] ~ absmax[b] * level[code]
-
-An exact midpoint between two levels goes to the lower one. Double quantization then stores the absmax in 8 bits:
+Codes and the absmax of every block are made in kernels/nf4.py. Double quantization then stores the absmax in 8 bits:
 
     offset = mean(absmax)       d = absmax - offset, in blocks of 256       top[j] = max |d| over block j
     scales = quant_map[nearest(d / top[j])] * top[j] + offset
@@ -13,25 +9,23 @@ where quant_map is the dynamic map: for e = 0, ..., 6 the midpoints of 2^e equal
 with both signs, and 0 and 1.
 
 Everything is float32 and bit for bit what bitsandbytes 0.50 computes on a CPU, whose arithmetic shows in ties and in
-the last bit: a whole block is multiplied by the reciprocal of its absmax, of which 1e-38 is the least, and a shorter
-last block is divided by it. d is multiplied by the reciprocal of top without such a bound (a block of zeros gets
-code 0), and its nearest code is looked up at one of 65536 positions of [-1, 1] instead of at the value itself (by
-its compiled library; without it, bitsandbytes takes the nearest). The mean is torch's, whose last bit depends on the
-number of threads.
+the last bit: d is multiplied by the reciprocal of top (0 / 0 is code 0), and its nearest code is looked up at one of
+65536 positions of [-1, 1] instead of at the value itself (by its compiled library; without it, bitsandbytes takes the
+nearest). The mean is torch's, whose last bit depends on the number of threads.
 
-Sources: QLoRA, Dettmers et al. 2023; bitsandbytes, backends/default/ops.py (quantize_4bit), functional.py
-(create_dynamic_map), csrc/cpu_ops.cpp (quantize_cpu).
+Sources: QLoRA, Dettmers et al. 2023; bitsandbytes, functional.py (create_dynamic_map), csrc/cpu_ops.cpp (quantize_cpu).
 """
 
 import torch
 
 from quantool.errors import QuantoolError
-from quantool.kernels.ops import ABSMAX_BLOCK, dequantize_absmax, levels
-from quantool.methods.rtn import PIECE
+from quantool.kernels.nf4 import quantize_levels
+from quantool.kernels.ops import ABSMAX_BLOCK, dequantize_absmax
+from quantool.methods.rtn import piece_of
+from quantool.model.memory import in_pieces
 from quantool.quant import DoubleQuant, QuantizedTensor, RoundScales
 from quantool.scheme import MethodOptions, QuantScheme
 
-LEAST_ABSMAX = 1e-38
 POSITIONS = 65536
 
 
@@ -43,35 +37,19 @@ def quantize_weight(
     Raises QuantoolError when double quantization meets scales whose mean float32 does not hold.
     """
     flat, size = weight.reshape(-1), scheme.group_size
-    table, order = levels(scheme.dtype).sort(stable=True)
-    bounds, order = ((table[:-1] + table[1:]) / 2).tolist(), order.to(torch.uint8)
-    codes = torch.empty(flat.numel(), dtype=torch.uint8)
-    absmax = torch.empty(-(-flat.numel() // size), dtype=torch.float32)
-    whole, step = flat.numel() - flat.numel() % size, max(1, PIECE // size) * size
-    for start in range(0, whole, step):
-        end = min(start + step, whole)
-        piece = flat[start:end].to(torch.float32).view(-1, size)
-        top = piece.abs().amax(1)
-        absmax[start // size : end // size] = top
-        scaled = (piece * (1 / top.clamp(min=LEAST_ABSMAX)).unsqueeze(1)).clamp_(-1, 1)
-        codes[start:end] = order.index_select(0, _nearest(scaled.view(-1), bounds))
-    if whole < flat.numel():
-        rest = flat[whole:].to(torch.float32)
-        absmax[-1] = rest.abs().max().clamp(min=LEAST_ABSMAX)
-        codes[whole:] = order.index_select(0, _nearest((rest / absmax[-1]).clamp_(-1, 1), bounds))
-    double = _double_quantize(absmax) if scheme.double_quant else None
+    codes = torch.empty(flat.numel(), dtype=torch.uint8, device=flat.device)
+    absmax = torch.empty(-(-flat.numel() // size), dtype=torch.float32, device=flat.device)
+
+    def fill(blocks: slice) -> None:
+        weights = slice(blocks.start * size, blocks.stop * size)
+        codes[weights], absmax[blocks] = quantize_levels(flat[weights], scheme.dtype, size)
+
+    for _ in in_pieces("blocks", absmax.numel(), max(1, piece_of(weight) // size), fill):
+        pass
+    double = _double_quantize(absmax.cpu()) if scheme.double_quant else None  # few, and the mean is that of a CPU
     if double is not None:
-        absmax = dequantize_absmax(double.codes, double.quant_map, double.absmax, double.offset)
+        absmax = dequantize_absmax(double.codes, double.quant_map, double.absmax, double.offset).to(flat.device)
     return QuantizedTensor(codes.view(weight.shape), absmax, None, scheme, double=double, weight_dtype=weight.dtype)
-
-
-def _nearest(values: torch.Tensor, bounds: list[float]) -> torch.Tensor:
-    """How many of the ascending `bounds` are below each value: int32 [n]. Faster than torch.bucketize."""
-    count = torch.zeros(values.shape, dtype=torch.uint8)
-    above = torch.empty(values.shape, dtype=torch.bool)
-    for bound in bounds:
-        count += torch.gt(values, bound, out=above)
-    return count.to(torch.int32)
 
 
 def _double_quantize(absmax: torch.Tensor) -> DoubleQuant:

@@ -19,6 +19,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import nn
 
+from quantool.model.memory import halving
 from quantool.model.skeleton import Network, materialise, release, tensors_of
 
 PROBE_TOKENS = 16
@@ -92,7 +93,8 @@ def _stubs(network: Network, make: Callable[[int, nn.Module], Stub]) -> Iterator
 def embed(network: Network, windows: torch.Tensor, *, batch_size: int | None) -> States:
     """Hidden states before block 0 of token windows int64 [num_samples, seq_len], and the call of every block.
 
-    `batch_size` None is as many windows as BATCH_TOKENS hold, at least one.
+    `batch_size` None is as many windows as BATCH_TOKENS hold, at least one; it is halved until such a batch has room
+    in the first block.
     """
     head = network.model.get_output_embeddings()
     tied = getattr(head, "weight", None) is network.model.get_input_embeddings().weight
@@ -101,7 +103,7 @@ def embed(network: Network, windows: torch.Tensor, *, batch_size: int | None) ->
     first = [name for name, _ in tensors_of(network.blocks[0], network.block_names[0])]
     base = getattr(network.model, network.model.base_model_prefix)
     materialise(network, outside + first)
-    states = States(hidden=[])
+    states, trying = States(hidden=[]), True
 
     def make(index: int, module: nn.Module) -> Stub:
         original = module.forward
@@ -111,20 +113,25 @@ def embed(network: Network, windows: torch.Tensor, *, batch_size: int | None) ->
             if len(calls) == index:
                 calls.append((args, kwargs))
             if index == 0:
-                if not states.hidden and hidden.shape[1] <= PROBE_TOKENS:
-                    # Run once for real to learn what this family's blocks return.
+                if trying:  # for real, to learn what this family's blocks return and whether a batch has room
                     states.tuples = isinstance(original(hidden, *args, **kwargs), tuple)
                 states.hidden.append(hidden)
             return (hidden,) if states.tuples else hidden
 
         return stub
 
+    def run(batch: torch.Tensor) -> None:
+        base(input_ids=batch.to(network.device), use_cache=False)
+
     with _stubs(network, make):
-        for short in (windows[:1, :PROBE_TOKENS], windows[:1]):
-            base(input_ids=short.to(network.device), use_cache=False)
+        run(windows[:1, :PROBE_TOKENS])
+        size = batch_size or max(1, BATCH_TOKENS // windows.shape[1])
+        size, _ = halving("windows", min(size, len(windows)), lambda count: run(windows[:count]))
+        trying = False
+        run(windows[:1])
         states.hidden.clear()
-        for batch in windows.split(batch_size or max(1, BATCH_TOKENS // windows.shape[1])):
-            base(input_ids=batch.to(network.device), use_cache=False)
+        for batch in windows.split(size):
+            run(batch)
     release(network, outside + first)
     return states
 

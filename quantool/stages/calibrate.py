@@ -24,6 +24,7 @@ from quantool.io.safetensors import MappedFile
 from quantool.io.writer import check_output_file, file_bytes, write_file
 from quantool.model.blocks import embed, is_linear, stream_blocks
 from quantool.model.experts import expert_of
+from quantool.model.memory import explained
 from quantool.model.skeleton import Network, load_tokenizer
 from quantool.runtime import open_model
 from quantool.stages.gguf_importance import imatrix_of
@@ -56,6 +57,7 @@ class CalibrateResult:
 
 
 @torch.inference_mode()
+@explained()
 def run(
     model: str,
     output: Path | None,

@@ -1,14 +1,13 @@
 """Write a checkpoint as one GGUF file of its final types: no float file in between, bounded memory.
 
 plan       every tensor, its type and its bytes; the tokenizer; all refusals         gguf_plan.py
-stream     tensor by tensor, rows piece by piece: read -> order -> quantize -> write
+stream     tensor by tensor, rows piece by piece: read -> order -> quantize -> write            streaming.py
 or blocks  awq, gptq: block by block, replaying the calibration tokens               gguf_blocks.py
 """
 
 import math
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -20,9 +19,11 @@ from quantool.io.gguf.tensors import Target, check_tied
 from quantool.io.gguf.writer import GgufWriter, planned_bytes
 from quantool.io.writer import check_output_file
 from quantool.methods import quantize_block
+from quantool.methods.rtn import piece_of
 from quantool.model.blocks import Block, embed, stream_blocks
+from quantool.model.memory import explained, in_pieces
 from quantool.model.names import require_decoder
-from quantool.model.skeleton import Network, open_network, tensors_of
+from quantool.model.skeleton import Network, open_network, resolve_device, tensors_of
 from quantool.quant import require_finite
 from quantool.scheme import GgufOptions, MethodOptions
 from quantool.stages.calibrate import read_windows, sample_windows
@@ -31,6 +32,7 @@ from quantool.stages.gguf_plan import FLOAT_TYPES, GgufPlan, GgufRow, make_plan
 from quantool.stages.gguf_source import Source, open_source
 from quantool.stages.plan import stem
 from quantool.stages.resources import Stopwatch, peak_memory_bytes
+from quantool.stages.streaming import Flow
 
 __all__ = ["ConvertResult", "GgufRow", "run"]
 
@@ -41,7 +43,8 @@ PIECE = 1 << 22  # weights that are in memory at once, in float32
 class ConvertResult:
     """Every source tensor is counted once: quantized, copied (as it is, or as another float), folded or dropped.
 
-    `fallbacks` tensors have rows that the type of the mix does not divide.
+    `fallbacks` tensors have rows that the type of the mix does not divide. `bound` and `busy_seconds` (streaming.py)
+    are of weights that went through a GPU.
     """
 
     output: str
@@ -60,6 +63,11 @@ class ConvertResult:
     peak_memory_bytes: int
     plan: list[GgufRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    bound: str | None = None
+    busy_seconds: dict[str, float] = field(default_factory=dict)
+
+
+_Item = tuple[Target, int, str]  # a target, and the number and name of one of its sources
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +77,13 @@ class _Job:
     source: Source
     plan: GgufPlan
     writer: GgufWriter
+    flow: Flow
     progress: Progress
     notes: list[str] = field(default_factory=list)
 
 
 @torch.inference_mode()
+@explained()
 def run(
     model: str,
     output: Path | None,
@@ -109,6 +119,7 @@ def run(
         network = open_network(source.linears, dtype=dtype, device=device)
         windows = read_windows(calibration, network) if calibration else sample_windows(network, text or TextOptions())
     notes, folded = [*plan.notes, *_method_notes(plan, method)], 0
+    flow = Flow(resolve_device(device) if network is None else torch.device("cpu"))
     if dry_run:
         size = planned_bytes(plan.tensors, metadata=plan.metadata, split_max_size=split_max_size)
     else:
@@ -116,16 +127,20 @@ def run(
             target, plan.tensors, metadata=plan.metadata, split_max_size=split_max_size, overwrite=overwrite
         ) as writer:
             size = writer.nbytes
-            job = _Job(source, plan, writer, progress)
+            job = _Job(source, plan, writer, flow, progress)
             if network is None or windows is None:
-                _stream(job, plan.targets)
+                with flow:
+                    _stream(job, plan.targets)
             else:
                 folded = _convert_blocks(
                     job, network, windows, batch_size, method=method, options=method_options or MethodOptions()
                 )
                 notes += job.notes
-            writer.commit()
-    return _result(target, plan, method, size, folded, watch=watch, notes=notes, dry_run=dry_run)
+            with flow.busy.at("writing"):
+                writer.commit()
+    return replace(
+        _result(target, plan, method, size, folded, watch=watch, notes=notes, dry_run=dry_run), **flow.cost()
+    )
 
 
 def _result(
@@ -207,26 +222,30 @@ def _stream(job: _Job, wanted: list[Target]) -> None:
     """Tensor by tensor, in the order of the file."""
     total = sum(math.prod(target.shape) for target in wanted)
     done = 0
-    for target in wanted:
-        for index, name in enumerate(target.sources or ("",)):
-            _write_target(job, target, index, name)
-            done += math.prod(target.shape) // max(1, len(target.sources))
-            job.progress(done, total, "converting")
+    items = [(target, i, name) for target in wanted for i, name in enumerate(target.sources or ("",))]
 
+    def read(item: _Item) -> torch.Tensor | None:
+        target, _, name = item
+        if name and target.name in job.plan.copied:
+            return None
+        return job.source.read(name) if name else target.value
 
-def _write_target(job: _Job, target: Target, index: int, name: str) -> None:
-    """One source of a target: its blocks as they are, or its values quantized."""
-    if name and target.name in job.plan.copied:
-        _write_copied(job, target, index, name)
-        return
-    tensor = job.source.read(name) if name else target.value
-    assert tensor is not None  # noqa: S101 - a target has sources or a value
-    write_values(job, target, index, tensor)
-    if name:
-        job.source.drop(name)
+    def drop(item: _Item) -> None:
+        if item[2]:
+            job.source.drop(item[2])
+
+    for (target, index, name), tensor in job.flow.read(items, read, drop):
+        if tensor is None:
+            job.flow.copy(_write_copied, job, target, index, name)
+        else:
+            write_values(job, target, index, tensor)
+        del tensor  # before the next is read
+        done += math.prod(target.shape) // max(1, len(target.sources))
+        job.progress(done, total, "converting")
 
 
 def _write_copied(job: _Job, target: Target, index: int, name: str) -> None:
+    """One source of a target, whose blocks are as they are."""
     if job.source.gguf is not None:
         if index == 0:
             job.writer.write(target.name, job.source.stored(target.name))
@@ -243,24 +262,20 @@ def write_values(job: _Job, target: Target, index: int, tensor: torch.Tensor) ->
     """Write source `index` of a target from its values [N, K] or [K], in the order and type of the file."""
     name = target.sources[index] if target.sources else target.name
     importance = job.plan.importance.get(target.name)
-    weights = None if importance is None else importance[index]
+    weights = None if importance is None else importance[index].to(tensor.device)
     if tensor.dim() < 2 and target.rows is not None:
         tensor = tensor[target.rows]
-    by_row = target.rows if tensor.dim() > 1 else None
+    order = target.rows if tensor.dim() > 1 else None
     matrix = tensor.reshape(-1, tensor.shape[-1])
-    for first, piece in _pieces(matrix, by_row):
-        require_finite(name, piece)
-        values = piece + target.add if target.add else piece
-        encoded = _encode(name, values, job.plan.types[target.name], weights)
-        job.writer.write(target.name, encoded, first_row=index * len(matrix) + first)
 
+    def encode(rows: slice) -> torch.Tensor:
+        values = (matrix[rows] if order is None else matrix[order[rows]]).to(torch.float32)
+        require_finite(name, values)
+        return _encode(name, values + target.add if target.add else values, job.plan.types[target.name], weights)
 
-def _pieces(matrix: torch.Tensor, order: torch.Tensor | None) -> Iterator[tuple[int, torch.Tensor]]:
-    """Rows of [N, K] in the order given, as float32, PIECE weights at a time, each with the number of its first."""
-    step = max(1, PIECE // max(1, matrix.shape[1]))
-    for first in range(0, len(matrix), step):
-        rows = matrix[first : first + step] if order is None else matrix[order[first : first + step]]
-        yield first, rows.to("cpu", torch.float32)
+    step = max(1, max(PIECE, piece_of(matrix)) // max(1, matrix.shape[1]))
+    for first, encoded in in_pieces("rows", len(matrix), step, encode):
+        job.flow.write(job.writer.write, target.name, encoded, first_row=index * len(matrix) + first)
 
 
 def _encode(name: str, values: torch.Tensor, kind: str, importance: torch.Tensor | None) -> torch.Tensor:

@@ -29,6 +29,7 @@ import torch
 from quantool.data import Progress, TextOptions, chunks, no_progress
 from quantool.errors import UsageError
 from quantool.model.blocks import Head, States, embed, open_head, stream_blocks
+from quantool.model.memory import explained
 from quantool.model.skeleton import Network, load_tokenizer
 from quantool.runtime import open_model
 from quantool.stages.calibrate import require_vocabulary, sample_windows
@@ -54,6 +55,7 @@ class _Windows:
 
 
 @torch.inference_mode()
+@explained()
 def run(
     model: str,
     *,

@@ -38,7 +38,10 @@ class PlanRow:
 
 @dataclass(frozen=True, slots=True)
 class QuantizeResult:
-    """Every source tensor is counted once: quantized, copied, folded (changed by a scale) or dropped."""
+    """Every source tensor is counted once: quantized, copied, folded (changed by a scale) or dropped.
+
+    `bound` and `busy_seconds` (streaming.py) are of weights that went through a GPU.
+    """
 
     output: str
     method: str
@@ -55,6 +58,8 @@ class QuantizeResult:
     peak_memory_bytes: int
     plan: list[PlanRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    bound: str | None = None
+    busy_seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,9 @@ from quantool.io.writer import CheckpointWriter, planned_bytes
 from quantool.methods import BLOCK_METHODS, WEIGHT_METHODS, WeightMethod, quantize_block, starved_error
 from quantool.model.blocks import Block, embed, stream_blocks
 from quantool.model.experts import expert_of
+from quantool.model.memory import explained
 from quantool.model.names import require_decoder
-from quantool.model.skeleton import Network, open_network, tensors_of
+from quantool.model.skeleton import Network, open_network, resolve_device, tensors_of
 from quantool.model.views import LinearsCheckpoint, as_linears
 from quantool.quant import QuantizedTensor, dequantize_affine, require_finite
 from quantool.recipe import INTEGER_METHODS, Recipe
@@ -31,11 +32,13 @@ from quantool.stages import repack
 from quantool.stages.calibrate import made_of_another, read_windows, sample_windows, tokens_of_experts
 from quantool.stages.plan import Plan, PlanRow, QuantizeResult, check_output, describe, make_plan, needs_g_idx, stem
 from quantool.stages.resources import Stopwatch, peak_memory_bytes
+from quantool.stages.streaming import Flow
 
 __all__ = ["PlanRow", "QuantizeResult", "run"]
 
 
 @torch.inference_mode()
+@explained()
 def run(
     model: str,
     output: Path | None,
@@ -86,19 +89,18 @@ def run(
     if calibration and windows is not None:
         notes += _check_recorded(calibration, checkpoint, plan, recipe.options, window=windows.shape[1])
     size = planned_bytes(plan.tensors, max_shard_size)
+    flow = Flow(resolve_device(device) if network is None else torch.device("cpu"))
     if not dry_run:
         with CheckpointWriter(
             target, plan.tensors, config=config, max_shard_size=max_shard_size, overwrite=overwrite
         ) as writer:
             # Small and first: a tokenizer that cannot be written fails before hours of work.
             checkpoint.write_aux(writer.directory)
-            job = _Job(checkpoint, recipe, plan, writer, progress)
-            if network is None or windows is None:
-                _quantize_weights(job)
-            else:
-                folded = _quantize_blocks(job, network, windows, batch_size)
-                notes += [*job.notes, *_unscaled(plan, network)]
-            writer.commit()
+            job = _Job(checkpoint, recipe, plan, writer, flow, progress)
+            folded = _fill(job, network, windows, batch_size)
+            notes += job.notes
+            with flow.busy.at("writing"):
+                writer.commit()
     return QuantizeResult(
         output=str(target),
         method=recipe.method,
@@ -115,6 +117,7 @@ def run(
         peak_memory_bytes=peak_memory_bytes(),
         plan=plan.rows if dry_run else [],
         notes=notes,
+        **flow.cost(),
     )
 
 
@@ -126,6 +129,7 @@ class _Job:
     recipe: Recipe
     plan: Plan
     writer: CheckpointWriter
+    flow: Flow
     progress: Progress
     notes: list[str] = field(default_factory=list)
 
@@ -134,7 +138,7 @@ class _Job:
 
     def write_packed(self, module: str, q: QuantizedTensor) -> None:
         for suffix, tensor in FORMATS[self.recipe.format].pack(q).items():
-            self.writer.write(f"{module}.{suffix}", tensor)
+            self.flow.write(self.writer.write, f"{module}.{suffix}", tensor)
 
     def is_quantized(self, name: str) -> bool:
         """Whether a tensor of the checkpoint, as linears, is a weight to quantize."""
@@ -171,21 +175,40 @@ def _check_recorded(
     return []
 
 
+def _fill(job: _Job, network: Network | None, windows: torch.Tensor | None, batch_size: int | None) -> int:
+    """Write every tensor; returns into how many a scale was folded."""
+    if network is None or windows is None:
+        with job.flow:
+            _quantize_weights(job)
+        return 0
+    folded = _quantize_blocks(job, network, windows, batch_size)
+    job.notes.extend(_unscaled(job.plan, network))
+    return folded
+
+
 def _quantize_weights(job: _Job) -> None:
-    """Tensor by tensor, in stored order."""
-    total = len(job.checkpoint.parts)
-    for i, (name, parts) in enumerate(job.checkpoint.parts.items()):
-        if job.is_quantized(parts[0]):
-            for part in parts:
-                _quantize_weight(job, part, WEIGHT_METHODS[job.recipe.method], job.recipe.options)
+    """Tensor by tensor, in stored order: weights go by the device of the flow, the others as they are."""
+    linears = job.checkpoint
+    names = [
+        name for stored, parts in linears.parts.items() for name in (parts if job.is_quantized(parts[0]) else (stored,))
+    ]
+
+    def read(name: str) -> torch.Tensor | None:
+        return linears.read(name) if job.is_quantized(name) else None
+
+    done = 0
+    for name, weight in job.flow.read(names, read, linears.drop):
+        if weight is None:
+            job.flow.copy(job.copy, name)
         else:
-            job.copy(name)
-        job.progress(i + 1, total, "quantizing")
+            _quantize_weight(job, name, weight, WEIGHT_METHODS[job.recipe.method], job.recipe.options)
+        del weight  # before the next is read
+        done += 1  # noqa: SIM113 - enumerate would hold the weight while the next is read
+        job.progress(done, len(names), "quantizing")
 
 
-def _quantize_weight(job: _Job, name: str, method: WeightMethod, options: MethodOptions) -> None:
+def _quantize_weight(job: _Job, name: str, weight: torch.Tensor, method: WeightMethod, options: MethodOptions) -> None:
     module = name.removesuffix(".weight")
-    weight = job.checkpoint.read(name)
     require_finite(name, weight)
     if job.recipe.method not in INTEGER_METHODS:  # bitsandbytes sees weights as transformers would load them
         weight = weight.to(job.plan.model_dtype)
@@ -194,7 +217,6 @@ def _quantize_weight(job: _Job, name: str, method: WeightMethod, options: Method
     except QuantoolError as error:
         raise QuantoolError(f"'{module}': {error.message}", hint=error.hint) from error
     job.write_packed(module, q)
-    job.checkpoint.drop(name)
 
 
 def _quantize_blocks(job: _Job, network: Network, windows: torch.Tensor, batch_size: int | None) -> int:
@@ -273,7 +295,8 @@ def _write_outside(job: _Job, written: set[str]) -> None:
             continue
         if job.is_quantized(parts[0]):
             for part in parts:
-                _quantize_weight(job, part, WEIGHT_METHODS["rtn"], MethodOptions(mse=True))
+                _quantize_weight(job, part, job.checkpoint.read(part), WEIGHT_METHODS["rtn"], MethodOptions(mse=True))
+                job.checkpoint.drop(part)
         else:
             job.copy(stored)
 

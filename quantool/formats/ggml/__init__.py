@@ -20,7 +20,10 @@ def dequantize(kind: BlockType, data: torch.Tensor) -> torch.Tensor:
 def values(kind: BlockType, grid: Grid, codes: torch.Tensor) -> torch.Tensor:
     """W float32 [N, K] of codes uint8 [N, K] on a grid."""
     table = kind.levels
-    level = codes.to(torch.float32).sub_(kind.zero) if table is None else torch.tensor(table)[codes.long()]
+    if table is None:
+        level = codes.to(torch.float32).sub_(kind.zero)
+    else:
+        level = torch.tensor(table, device=codes.device)[codes.long()]
     grouped = level.view(*grid.step.shape, -1).mul_(grid.step.unsqueeze(-1))
     if grid.offset is not None:
         grouped -= grid.offset.unsqueeze(-1)

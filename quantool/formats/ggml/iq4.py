@@ -74,8 +74,9 @@ class Iq4Type:
         codes = torch.cat([packed & 15, packed >> 4], -1).view(rows, -1)
         if self.block_size == GROUP:
             return Grid(d.float(), None, {"d": d}), codes
-        high = blocks[..., 2:4].unsqueeze(-1) >> torch.arange(0, 8, 2, dtype=torch.uint8) & 3
-        low = blocks[..., 4:8].unsqueeze(-1) >> torch.tensor([0, 4], dtype=torch.uint8) & 15
+        pairs, nibbles = (torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device) for bits in (2, 4))
+        high = blocks[..., 2:4].unsqueeze(-1) >> pairs & 3
+        low = blocks[..., 4:8].unsqueeze(-1) >> nibbles & 15
         scales = (high.flatten(-2) << 4 | low.flatten(-2)).to(torch.int8).sub_(32).view(rows, -1)
         step = d.float().repeat_interleave(8, 1) * scales
         return Grid(step, None, {"d": d, "scales": scales}), codes
@@ -89,7 +90,7 @@ class Iq4Type:
         parts = [d, nibbles.view(rows, d.shape[1], -1)]
         if self.block_size != GROUP:
             scales = grid.fields["scales"].add(32).to(torch.uint8).view(rows, -1, 8)
-            places = torch.arange(0, 8, 2, dtype=torch.uint8)
+            places = torch.arange(0, 8, 2, dtype=torch.uint8, device=codes.device)
             high = ((scales >> 4).unflatten(-1, (2, 4)) << places).sum(-1, dtype=torch.uint8)
             parts[1:1] = [high, scales[..., ::2] & 15 | (scales[..., 1::2] & 15) << 4]
         return torch.cat(parts, -1).view(rows, -1)
@@ -99,7 +100,7 @@ IQ4_NL = Iq4Type("IQ4_NL", GROUP, 18)
 IQ4_XS = Iq4Type("IQ4_XS", 256, 136)
 
 
-# --- the search, in torch: the oracle of csrc/ggml_iq4.cpp -----------------------------------------------------------
+# --- the search, in torch: the oracle of csrc/ggml_iq4.h -------------------------------------------------------------
 
 
 def nearest_code(value: Tensor) -> Tensor:
@@ -114,8 +115,10 @@ def nearest_level(value: Tensor) -> Tensor:
 
 def quantize_reference(kind: Iq4Type, weight: Tensor, importance: Tensor | None, *, exact: bool) -> Tensor:
     """What `kind.quantize` gives, in torch."""
-    weight = weight.to("cpu", torch.float32)
-    return torch.cat([_quantize_rows(kind, piece, importance, exact=exact) for piece in row_pieces(weight)])
+    importance = None if importance is None else importance.cpu()
+    pieces = row_pieces(weight.to("cpu", torch.float32))
+    blocks = torch.cat([_quantize_rows(kind, piece, importance, exact=exact) for piece in pieces])
+    return blocks.to(weight.device)
 
 
 def _quantize_rows(kind: Iq4Type, weight: Tensor, importance: Tensor | None, *, exact: bool) -> Tensor:

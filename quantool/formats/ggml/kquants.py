@@ -85,7 +85,8 @@ class KQuant:
             stored, codes = _quantize(self._tiled(x[rows]), weighing, self, exact)
             flat = codes.add(self.zero).to(torch.uint8).flatten(0, 1).T.contiguous()
             blocks.append(self.pack_block(stored, flat))
-        return torch.cat(blocks).view(weight.shape[0], weight.shape[1] // BLOCK * self.block_bytes)
+        row_bytes = weight.shape[1] // BLOCK * self.block_bytes
+        return torch.cat(blocks).view(weight.shape[0], row_bytes).to(weight.device)
 
     def _tiled(self, rows: Tensor) -> Tensor:
         """[B, 256] as the search has it: [G, count, B]."""
@@ -228,15 +229,19 @@ def _is_zero(scales: Tensor, coarse: bool) -> Tensor:
 def _put_bits(codes: Tensor, bits: int, *, shift: int = 0, apart: int = 32) -> Tensor:
     """`bits` bits of codes uint8 [B, 256] from bit `shift` on, as bytes [B, 32 * bits]."""
     count = 8 // bits
-    places = torch.arange(0, 8, bits, dtype=torch.uint8).view(-1, 1)
+    places = _places(bits, codes.device)
     parts = (codes.view(len(codes), -1, count, apart) >> shift & (1 << bits) - 1) << places
     return parts.sum(2, dtype=torch.uint8).flatten(1)
 
 
 def _get_bits(data: Tensor, bits: int, *, apart: int = 32) -> Tensor:
     """The inverse of `_put_bits`: uint8 [B, 256] of bytes [B, 32 * bits]."""
-    places = torch.arange(0, 8, bits, dtype=torch.uint8).view(-1, 1)
-    return (data.reshape(len(data), -1, 1, apart) >> places & (1 << bits) - 1).flatten(1)
+    return (data.reshape(len(data), -1, 1, apart) >> _places(bits, data.device) & (1 << bits) - 1).flatten(1)
+
+
+def _places(bits: int, device: torch.device) -> Tensor:
+    """Where `bits` bits of several codes stand in a byte, as a column."""
+    return torch.arange(0, 8, bits, dtype=torch.uint8, device=device).view(-1, 1)
 
 
 def _put_half(value: Tensor) -> Tensor:
@@ -275,16 +280,15 @@ def _unpack_q2_k(data: Tensor) -> tuple[Stored, Tensor]:
 
 def _pack_q3_k(stored: Stored, codes: Tensor) -> Tensor:
     scales = (stored.scales.T + 32).to(torch.uint8)
-    places = torch.tensor([0, 2, 4, 6], dtype=torch.uint8).view(-1, 1)
-    top = ((scales >> 4).view(-1, 4, 4) << places).sum(1, dtype=torch.uint8)
+    top = ((scales >> 4).view(-1, 4, 4) << _places(2, scales.device)).sum(1, dtype=torch.uint8)
     low = scales[:, :8] & 15 | (scales[:, 8:] & 15) << 4
     return torch.cat([_put_bits(codes, 1, shift=2), _put_bits(codes, 2), low, top, _put_half(stored.d)], 1)
 
 
 def _unpack_q3_k(data: Tensor) -> tuple[Stored, Tensor]:
     codes = _get_bits(data[:, 32:96], 2) | _get_bits(data[:, :32], 1) << 2
-    low, places = data[:, 96:104], torch.tensor([0, 2, 4, 6], dtype=torch.uint8).view(-1, 1)
-    top = (data[:, 104:108].unsqueeze(1) >> places & 3).flatten(1)
+    low = data[:, 96:104]
+    top = (data[:, 104:108].unsqueeze(1) >> _places(2, data.device) & 3).flatten(1)
     scales = (torch.cat([low & 15, low >> 4], 1) | top << 4).T.float() - 32
     d = _get_half(data[:, 108:])
     return Stored(d, torch.zeros_like(d), scales, torch.zeros_like(scales)), codes

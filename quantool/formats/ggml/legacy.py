@@ -85,7 +85,7 @@ class LegacyType:
         low = blocks[..., -NIBBLES:]
         codes = torch.cat([low & 15, low >> 4], -1)
         if self.bits == 5:
-            places = torch.arange(8, dtype=torch.uint8)
+            places = torch.arange(8, dtype=torch.uint8, device=data.device)
             codes |= (blocks[..., head : head + 4].unsqueeze(-1) >> places & 1).flatten(-2) << 4
         return grid, codes.reshape(rows, -1)
 
@@ -100,7 +100,7 @@ class LegacyType:
             parts.append(codes ^ 128)
         else:
             if self.bits == 5:
-                places = torch.arange(8, dtype=torch.uint8)
+                places = torch.arange(8, dtype=torch.uint8, device=codes.device)
                 parts.append(((codes >> 4).unflatten(-1, (4, 8)) << places).sum(-1, dtype=torch.uint8))
             parts.append(codes[..., :NIBBLES] & 15 | codes[..., NIBBLES:] << 4)
         return torch.cat(parts, -1).view(rows, -1)
@@ -120,9 +120,11 @@ Found = tuple[Tensor, Tensor | None, Tensor]
 
 
 def quantize_reference(kind: LegacyType, weight: Tensor, importance: Tensor | None, *, exact: bool) -> Tensor:
-    """What `kind.quantize` gives, in torch: the oracle of csrc/ggml_legacy.cpp."""
-    weight = weight.to("cpu", torch.float32)
-    return torch.cat([_quantize_rows(kind, piece, importance, exact=exact) for piece in row_pieces(weight)])
+    """What `kind.quantize` gives, in torch: the oracle of csrc/ggml_legacy.h."""
+    importance = None if importance is None else importance.cpu()
+    pieces = row_pieces(weight.to("cpu", torch.float32))
+    blocks = torch.cat([_quantize_rows(kind, piece, importance, exact=exact) for piece in pieces])
+    return blocks.to(weight.device)
 
 
 def _quantize_rows(kind: LegacyType, weight: Tensor, importance: Tensor | None, *, exact: bool) -> Tensor:
