@@ -301,8 +301,8 @@ def test_arguments_arrive() -> None:
 def test_what_no_kernel_may_be_given_is_refused_before_the_launch() -> None:
     out = torch.zeros(4, dtype=torch.float64)
     wrong = {
-        torch.ones(4, 6).T: r"argument 2, torch.float32 \[6, 4\], is not contiguous: its strides are \[1, 6\]",
-        torch.ones(8)[1:]: r"argument 2, torch.float32 \[7\], starts 4 bytes after a multiple of 16",
+        torch.ones(4, 6).T: r"argument 2, float32 \[6, 4\], is not contiguous: its strides are \[1, 6\]",
+        torch.ones(8)[1:]: r"argument 2, float32 \[7\], starts 4 bytes after a multiple of 16",
         torch.ones(8, device="meta"): "argument 2 is on meta and an earlier one on cpu",
     }
     for tensor, message in wrong.items():
