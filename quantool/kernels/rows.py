@@ -8,13 +8,15 @@ The layout of a row is said in ops.py, whose `linear_wna16` comes here.
 """
 
 import ctypes
+import threading
 
 import torch
 
 CHUNK = 32  # codes that begin with a whole word at any width: the kernels take groups of whole chunks
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-FEW_TOKENS = 16  # products of bfloat16 are faster from 12 on, those of float32 from 40
+FEW_TOKENS = {torch.float32: 48, torch.bfloat16: 12}  # beyond, torch's products in that type are faster
 SLAB = 1 << 21  # weights
+_memory = threading.local()
 
 Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, int]  # qweight, scales, zeros, bits
 
@@ -32,7 +34,8 @@ def linear_rows(library: ctypes.CDLL, x: torch.Tensor, packed: Packed, bias: tor
     qweight, scales, zeros, bits = packed
     packed = qweight.contiguous(), scales.contiguous(), None if zeros is None else zeros.contiguous(), bits
     tokens = x.reshape(-1, x.shape[-1])
-    y = (_few if len(tokens) <= FEW_TOKENS else _many)(library, tokens, packed, bias)
+    few = len(tokens) <= FEW_TOKENS[_product_dtype(x)]
+    y = (_few if few else _many)(library, tokens, packed, bias)
     return y.to(x.dtype).view(*x.shape[:-1], len(qweight))
 
 
@@ -46,19 +49,32 @@ def _few(library: ctypes.CDLL, x: torch.Tensor, packed: Packed, bias: torch.Tens
 
 
 def _many(library: ctypes.CDLL, x: torch.Tensor, packed: Packed, bias: torch.Tensor | None) -> torch.Tensor:
-    """y in the type that torch multiplies fastest: float32, or bfloat16 where its products have vectors."""
-    if x.dtype != torch.bfloat16 or torch.backends.cpu.get_cpu_capability() != "AVX512":
-        x = x.to(torch.float32)
+    x = x.to(_product_dtype(x))
     qweight, scales, zeros, bits = packed
     (tokens, columns), rows = x.shape, len(qweight)
     y = torch.empty(tokens, rows, dtype=x.dtype)
-    slab = torch.empty(min(rows, max(1, SLAB // columns)), columns, dtype=x.dtype)
+    slab = _slab(min(rows, max(1, SLAB // columns)), columns, x.dtype)
     for first in range(0, rows, len(slab)):
         some = slice(first, min(first + len(slab), rows))
         weight = slab[: some.stop - first]
         dequantize_rows(library, (qweight[some], scales[some], None if zeros is None else zeros[some], bits), weight)
         y[:, some] = torch.nn.functional.linear(x, weight, None if bias is None else bias[some].to(x.dtype))
     return y
+
+
+def _product_dtype(x: torch.Tensor) -> torch.dtype:
+    """In which torch multiplies X fastest: float32, or bfloat16 where its products have vectors."""
+    vectors = x.dtype == torch.bfloat16 and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return torch.bfloat16 if vectors else torch.float32
+
+
+def _slab(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory of this thread, kept: malloc gives so much back to the system, and to get it again took half of a call."""
+    nbytes = rows * columns * dtype.itemsize
+    if nbytes > getattr(_memory, "bytes", torch.empty(0)).numel():
+        _memory.bytes = torch.empty(nbytes, dtype=torch.uint8)
+    found: torch.Tensor = _memory.bytes[:nbytes].view(dtype).view(rows, columns)
+    return found
 
 
 def dequantize_rows(library: ctypes.CDLL, packed: Packed, weight: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ from quantool.kernels import ops, rows
 from quantool.kernels.rows import Packed
 
 LIMIT = settings(deadline=None, max_examples=60)
+FEW = rows.FEW_TOKENS
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPSILON = {torch.float32: 2e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}  # of one rounding, or of float32 sums
 
@@ -121,13 +122,13 @@ def test_rounding_of_every_kind_of_float_is_torchs(dtype: torch.dtype) -> None:
 
 
 @LIMIT
-@given(cases(), st.sampled_from(DTYPES), st.integers(0, 40), st.booleans())
+@given(cases(), st.sampled_from(DTYPES), st.integers(0, 60), st.booleans())
 @example(Case(9, 1, 31, 3), torch.float32, 15, True)
-@example(Case(9, 2, 64, 4), torch.bfloat16, rows.FEW_TOKENS + 1, True)
+@example(Case(9, 2, 64, 4), torch.bfloat16, FEW[torch.bfloat16] + 1, True)
 def test_linear_is_the_formula(case: Case, dtype: torch.dtype, tokens: int, biased: bool) -> None:
     x, weight = case.tokens(tokens, dtype=dtype), case.weight()
     bias = torch.randn(case.rows, generator=torch.Generator().manual_seed(2)).to(dtype) if biased else None
-    if tokens > rows.FEW_TOKENS and dtype == torch.bfloat16:
+    if rows._product_dtype(x) == torch.bfloat16 and tokens > FEW[torch.bfloat16]:
         weight = weight.to(dtype)  # what torch multiplies
     assert_close(linear(x, case.packed(), bias), x, weight, bias)
 
@@ -173,7 +174,7 @@ def test_any_memory_layout_gives_the_same() -> None:
 @pytest.mark.parametrize("bits", [3, 4])
 def test_few_tokens_are_the_same_whatever_the_number_of_threads(bits: int) -> None:
     case = Case(rows=1030, groups=4, group_size=128, bits=bits, scale_dtype=torch.bfloat16)
-    x, packed, before = case.tokens(rows.FEW_TOKENS), case.packed(), torch.get_num_threads()
+    x, packed, before = case.tokens(FEW[torch.float32]), case.packed(), torch.get_num_threads()
     outputs = []
     try:
         for count in (1, 2, 3, 7):
@@ -185,7 +186,7 @@ def test_few_tokens_are_the_same_whatever_the_number_of_threads(bits: int) -> No
     assert_close(outputs[0], x, case.weight())
 
 
-@pytest.mark.parametrize("tokens", [3, rows.FEW_TOKENS + 1])
+@pytest.mark.parametrize("tokens", [3, FEW[torch.float32] + 1])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_stays_in_its_token(value: float, tokens: int) -> None:
     case = Case(bits=2)
@@ -229,7 +230,7 @@ def test_switched_off_it_is_the_reference(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, rows.FEW_TOKENS + 1])
+@pytest.mark.parametrize("tokens", [1, FEW[torch.float32] + 1])
 def test_torch_accepts_it(tokens: int, dtype: torch.dtype) -> None:
     case = Case(scale_dtype=dtype)
     qweight, scales, zeros, bits = case.packed()
