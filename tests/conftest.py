@@ -14,6 +14,7 @@ os.environ["MKL_CBWR"] = "AVX2"
 # deterministic algorithms.
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
 
+import filecmp
 import itertools
 import json
 from collections.abc import Callable, Iterator
@@ -213,6 +214,13 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text("\n\n".join(itertools.islice(builtin_documents("test"), 8)), encoding="utf-8")
     return path
+
+
+def same_files(left: Path, right: Path) -> bool:
+    """Whether two folders hold the same files, byte for byte."""
+    names = sorted(path.name for path in left.iterdir())
+    same = names == sorted(path.name for path in right.iterdir())
+    return same and filecmp.cmpfiles(left, right, names, shallow=False) == (names, [], [])
 
 
 @dataclass(frozen=True)

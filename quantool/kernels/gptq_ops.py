@@ -14,6 +14,7 @@ import ctypes
 import torch
 
 from quantool.kernels import compiled, cuda
+from quantool.kernels.ops import operator
 
 WIDEST = 128  # columns of a block on CUDA
 
@@ -48,11 +49,7 @@ def gptq_columns_reference(
     return codes.nan_to_num_(nan=0).to(torch.uint8).T, columns.T
 
 
-gptq_columns = torch.library.custom_op("quantool::gptq_columns", gptq_columns_reference, mutates_args=())
-
-
-@gptq_columns.register_kernel("cpu")
-def _(
+def _gptq_columns_cpu(
     weight: torch.Tensor,
     hinv: torch.Tensor,
     scales: torch.Tensor,
@@ -90,7 +87,6 @@ def _(
     return codes.T, errors.T
 
 
-@gptq_columns.register_kernel("cuda")
 def gptq_columns_cuda(
     weight: torch.Tensor,
     hinv: torch.Tensor,
@@ -111,8 +107,7 @@ def gptq_columns_cuda(
     return codes.T, errors.T
 
 
-@gptq_columns.register_fake
-def _(
+def _gptq_columns_fake(
     weight: torch.Tensor,
     hinv: torch.Tensor,
     scales: torch.Tensor,
@@ -122,6 +117,11 @@ def _(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = weight.shape
     return weight.new_empty(columns, rows, dtype=torch.uint8).T, weight.new_empty(columns, rows).T
+
+
+gptq_columns = operator(
+    "gptq_columns", gptq_columns_reference, _gptq_columns_fake, cpu=_gptq_columns_cpu, cuda=gptq_columns_cuda
+)
 
 
 def descend_columns_reference(
@@ -156,11 +156,7 @@ def descend_columns_reference(
     return new.to(torch.uint8).T, columns.T
 
 
-descend_columns = torch.library.custom_op("quantool::descend_columns", descend_columns_reference, mutates_args=())
-
-
-@descend_columns.register_kernel("cpu")
-def _(
+def _descend_columns_cpu(
     gradient: torch.Tensor,
     hessian: torch.Tensor,
     scales: torch.Tensor,
@@ -197,7 +193,6 @@ def _(
     return new.T, moves.T
 
 
-@descend_columns.register_kernel("cuda")
 def descend_columns_cuda(
     gradient: torch.Tensor,
     hessian: torch.Tensor,
@@ -218,8 +213,7 @@ def descend_columns_cuda(
     return new.T, moves.T
 
 
-@descend_columns.register_fake
-def _(
+def _descend_columns_fake(
     gradient: torch.Tensor,
     hessian: torch.Tensor,
     scales: torch.Tensor,
@@ -229,6 +223,15 @@ def _(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows, columns = gradient.shape
     return codes.new_empty(columns, rows).T, gradient.new_empty(columns, rows).T
+
+
+descend_columns = operator(
+    "descend_columns",
+    descend_columns_reference,
+    _descend_columns_fake,
+    cpu=_descend_columns_cpu,
+    cuda=descend_columns_cuda,
+)
 
 
 def _padded(factor: torch.Tensor) -> torch.Tensor:

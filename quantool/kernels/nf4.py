@@ -26,7 +26,7 @@ import functools
 import torch
 
 from quantool.kernels import cuda, wna16
-from quantool.kernels.ops import LEVELS, LIBRARY, levels, linear_nf4, linear_nf4_reference
+from quantool.kernels.ops import LEVELS, LIBRARY, levels, linear_nf4, linear_nf4_reference, operator
 from quantool.kernels.rtn import DTYPES
 
 __all__ = ["linear_nf4", "quantize_levels"]
@@ -69,9 +69,6 @@ def _ascending(kind: str) -> tuple[list[float], torch.Tensor]:
     return ((table[:-1] + table[1:]) / 2).tolist(), order.to(torch.uint8)
 
 
-quantize_levels_op = torch.library.custom_op("quantool::quantize_levels", quantize_levels_reference, mutates_args=())
-
-
 def quantize_levels(weight: torch.Tensor, kind: str, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize_levels_reference`, by the compiled kernel on CUDA."""
     compute = quantize_levels_op if weight.is_cuda else quantize_levels_reference
@@ -79,7 +76,6 @@ def quantize_levels(weight: torch.Tensor, kind: str, block_size: int) -> tuple[t
     return codes, absmax
 
 
-@quantize_levels_op.register_kernel("cuda")
 def quantize_levels_cuda(weight: torch.Tensor, kind: str, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`quantize_levels` by the compiled kernel."""
     _require_weight(weight, kind, block_size)
@@ -92,9 +88,13 @@ def quantize_levels_cuda(weight: torch.Tensor, kind: str, block_size: int) -> tu
     return codes, absmax
 
 
-@quantize_levels_op.register_fake
-def _(weight: torch.Tensor, kind: str, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantize_levels_fake(weight: torch.Tensor, kind: str, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return _room_for(weight, block_size)
+
+
+quantize_levels_op = operator(
+    "quantize_levels", quantize_levels_reference, _quantize_levels_fake, cuda=quantize_levels_cuda
+)
 
 
 def _room_for(weight: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:

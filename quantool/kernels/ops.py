@@ -33,7 +33,7 @@ LEVELS: dict[str, tuple[float, ...]] = {
 ABSMAX_BLOCK = 256  # scales that share a second scale, in double quantization
 LLM_INT8_STEP = 6.200124e-05  # in bitsandbytes 0.50, functional on a CPU; 1 / 127^2 is 6.200012e-05
 
-Compute = Callable[..., torch.Tensor]
+Compute = Callable[..., Any]
 LIBRARY = torch.library.Library("quantool", "FRAGMENT")
 
 

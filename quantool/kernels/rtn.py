@@ -13,6 +13,7 @@ from collections.abc import Iterable
 import torch
 
 from quantool.kernels import cuda
+from quantool.kernels.ops import operator
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}  # as the launchers number them
 
@@ -39,10 +40,6 @@ def quantize_affine_reference(
     return stored
 
 
-group_range_op = torch.library.custom_op("quantool::group_range", group_range_reference, mutates_args=())
-quantize_affine_op = torch.library.custom_op("quantool::quantize_affine", quantize_affine_reference, mutates_args=())
-
-
 def group_range(weight: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`group_range_reference`, by the compiled kernel on CUDA."""
     compute = group_range_op if weight.is_cuda else group_range_reference
@@ -57,7 +54,6 @@ def quantize_affine(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Ten
     return codes
 
 
-@group_range_op.register_kernel("cuda")
 def group_range_cuda(weight: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
     """`group_range` by the compiled kernel."""
     _require_groups(weight, groups)
@@ -69,7 +65,6 @@ def group_range_cuda(weight: torch.Tensor, groups: int) -> tuple[torch.Tensor, t
     return low, high
 
 
-@quantize_affine_op.register_kernel("cuda")
 def quantize_affine_cuda(
     weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bits: int
 ) -> torch.Tensor:
@@ -85,15 +80,23 @@ def quantize_affine_cuda(
     return codes
 
 
-@group_range_op.register_fake
-def _(weight: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _group_range_fake(weight: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (weight.shape[0], groups)
     return weight.new_empty(shape, dtype=torch.float32), weight.new_empty(shape, dtype=torch.float32)
 
 
-@quantize_affine_op.register_fake
-def _(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bits: int) -> torch.Tensor:
+group_range_op = operator("group_range", group_range_reference, _group_range_fake, cuda=group_range_cuda)
+
+
+def _quantize_affine_fake(
+    weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, bits: int
+) -> torch.Tensor:
     return weight.new_empty(weight.shape, dtype=torch.uint8)
+
+
+quantize_affine_op = operator(
+    "quantize_affine", quantize_affine_reference, _quantize_affine_fake, cuda=quantize_affine_cuda
+)
 
 
 def _require_groups(weight: torch.Tensor, groups: int) -> None:

@@ -26,7 +26,7 @@ Artifacts hold codes in one of these forms, all little-endian, a word's first co
 import torch
 
 from quantool.kernels import cuda
-from quantool.kernels.ops import WORD_BITS, pack_bits, unpack_bits
+from quantool.kernels.ops import WORD_BITS, operator, pack_bits, unpack_bits
 
 ROWS, COLUMNS = 16, 64  # of a tile
 FORMS = ("codes", "rows", "gptq", "awq")  # the launchers know them by their place
@@ -100,11 +100,6 @@ def unpack_tiles_reference(tiles: torch.Tensor, form: str, bits: int) -> torch.T
     return codes if form == "codes" else _from_codes(codes, form, bits)
 
 
-pack_tiles = torch.library.custom_op("quantool::pack_tiles", pack_tiles_reference, mutates_args=())
-unpack_tiles = torch.library.custom_op("quantool::unpack_tiles", unpack_tiles_reference, mutates_args=())
-
-
-@pack_tiles.register_kernel("cuda")
 def pack_tiles_cuda(
     packed: torch.Tensor, form: str, bits: int, rows: int, columns: int, perm: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -117,7 +112,6 @@ def pack_tiles_cuda(
     return tiles
 
 
-@unpack_tiles.register_kernel("cuda")
 def unpack_tiles_cuda(tiles: torch.Tensor, form: str, bits: int) -> torch.Tensor:
     """`unpack_tiles` by the compiled kernel (csrc/cuda/pack.cuh)."""
     if not cuda.is_available():
@@ -128,16 +122,20 @@ def unpack_tiles_cuda(tiles: torch.Tensor, form: str, bits: int) -> torch.Tensor
     return packed
 
 
-@pack_tiles.register_fake
-def _(
+def _pack_tiles_fake(
     packed: torch.Tensor, form: str, bits: int, rows: int, columns: int, perm: torch.Tensor | None = None
 ) -> torch.Tensor:
     return packed.new_empty(rows // ROWS, columns // COLUMNS, WORD_BITS * bits, dtype=torch.int32)
 
 
-@unpack_tiles.register_fake
-def _(tiles: torch.Tensor, form: str, bits: int) -> torch.Tensor:
+pack_tiles = operator("pack_tiles", pack_tiles_reference, _pack_tiles_fake, cuda=pack_tiles_cuda)
+
+
+def _unpack_tiles_fake(tiles: torch.Tensor, form: str, bits: int) -> torch.Tensor:
     return _empty(tiles, form, bits, tiles.shape[0] * ROWS, tiles.shape[1] * COLUMNS)
+
+
+unpack_tiles = operator("unpack_tiles", unpack_tiles_reference, _unpack_tiles_fake, cuda=unpack_tiles_cuda)
 
 
 def _empty(like: torch.Tensor, form: str, bits: int, rows: int, columns: int) -> torch.Tensor:

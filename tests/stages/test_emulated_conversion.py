@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import same_files
 from emulated import Emulated
 
 from quantool.data import TextOptions
@@ -44,11 +45,6 @@ def launched(one_thread: None, emulated: Emulated, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(nf4_method, "quantize_levels", nf4.quantize_levels_cuda)
     monkeypatch.setattr(ggml, "ggml_blocks", ggml.ggml_blocks_cuda)
     return names
-
-
-def same_files(left: Path, right: Path) -> bool:
-    names = sorted(path.name for path in left.iterdir())
-    return filecmp.cmpfiles(left, right, names, shallow=False) == (names, [], [])
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Command
+from conftest import Command, same_files
 
 from quantool.data import TextOptions
 from quantool.errors import QuantoolError
@@ -48,12 +48,6 @@ def convert(model: Path, output: Path, outtype: str, **options: Any) -> convert_
 
 def rtn(model: Path, output: Path, recipe: Recipe = RECIPES[0], **options: Any) -> quantize.QuantizeResult:
     return quantize.run(str(model), output, recipe, text=TextOptions(), device="cpu", **options)
-
-
-def same_files(left: Path, right: Path) -> bool:
-    names = sorted(path.name for path in left.iterdir())
-    same = names == sorted(path.name for path in right.iterdir())
-    return same and filecmp.cmpfiles(left, right, names, shallow=False) == (names, [], [])
 
 
 # --- the same bytes
